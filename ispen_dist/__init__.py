@@ -1,0 +1,18 @@
+"""Structured-prediction energy networks trained with exact implicit gradients, at scale."""
+
+from ispen_dist.implicit import Hypergradient, hypergradient, unrolled_hypergradient
+from ispen_dist.linalg.operators import ComposedLoss
+from ispen_dist.linalg.solution import Solution, Status
+from ispen_dist.linalg.solvers import CG, Identity, Neumann
+
+__all__ = [
+    "CG",
+    "ComposedLoss",
+    "Hypergradient",
+    "Identity",
+    "Neumann",
+    "Solution",
+    "Status",
+    "hypergradient",
+    "unrolled_hypergradient",
+]

@@ -1,0 +1,392 @@
+"""Checkpoints: folders of safetensors and JSON that survive kills, full disks and flipped bits.
+
+    checkpoints/step_00000120/
+        NAME.safetensors    one file per tree of tensors
+        state.json          everything that is not a tensor
+        manifest.json       format version, step, SHA-256 and size of every file, order of keys
+
+A save writes into a hidden folder beside the final one, syncs it, writes the manifest last and
+renames. A folder under its final name is therefore complete, and whatever damages it later
+disagrees with its manifest (see `ispen_dist.manifest`). Nothing is pickled: loading runs no code
+from the files. One process saves at a time.
+"""
+
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ispen_dist.manifest import (
+    FOLDER_NAME,
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    MANIFEST,
+    STATE,
+    TREE_NAME,
+    CheckpointError,
+    damaged,
+    json_bytes,
+    parse_json,
+    read_manifest,
+    sync_folder,
+    tree_file,
+    verified_files,
+    write_file,
+)
+
+_SAVING, _DELETING, _REPLACED = ".saving_", ".deleting_", ".replaced"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds, on the CPU.
+
+    Attributes:
+        step: when it was saved.
+        trees: tensors by tree and key; the keys of a tree keep the order they were saved in.
+        state: everything else, as JSON gives it back (tuples have become lists).
+    """
+
+    step: int
+    trees: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+# -- saving ------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    trees: Mapping[str, dict[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint and delete old ones; return its path.
+
+    Tensors are stored bit for bit. Those that share memory are written out in full under each
+    name. A checkpoint of the same step is replaced; checkpoints of later steps, which an earlier
+    attempt left behind, are reported and never deleted.
+
+    Args:
+        folder: where the checkpoints of a run lie; made if missing.
+        step: when this is.
+        trees: dense tensors by tree and key; a tree may be empty.
+        state: JSON values with string keys. NaN and infinity are refused: JSON has neither, and
+            null in their place would resume as another state.
+        keep: how many of the newest checkpoints to keep, this one included; at least 1.
+
+    Raises:
+        ValueError: if an argument cannot be stored; nothing was written.
+        OSError: if the disk is full or fails; the older checkpoints are as they were, and there
+            is no folder under the final name.
+    """
+    _check_arguments(step, trees, state, keep)
+    folder.mkdir(parents=True, exist_ok=True)
+    _delete_leftovers(folder)
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f"{_SAVING}{final.name}"
+    try:
+        _write_folder(temporary, step, trees, state)
+        _move_into_place(temporary, final)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        error.add_note(f"{final}: the save did not finish; older checkpoints are as they were")
+        raise
+    _delete_old(folder, step, keep)
+    return final
+
+
+def _check_arguments(
+    step: int, trees: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any], keep: int
+) -> None:
+    if step < 0:
+        raise ValueError(f"step: expected 0 or more, got {step}")
+    if keep < 1:
+        raise ValueError(f"keep: expected 1 or more, got {keep}; a run needs one to resume from")
+    for name in trees:
+        if not TREE_NAME.fullmatch(name):
+            raise ValueError(
+                f"tree {name!r}: expected a name of letters, digits, '_', '-' and '.', because it "
+                "becomes a file name; rename it"
+            )
+    _check_json(dict(state), "state")
+
+
+def _check_json(value: object, where: str) -> None:
+    """Raise unless JSON gives the value back as it is, but for tuples."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: expected a finite number, got {value}; leave it out or use None")
+    if value is None or isinstance(value, bool | int | float | str):
+        return
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{where}: expected string keys, got {key!r}; convert it")
+            _check_json(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _check_json(item, f"{where}[{i}]")
+    else:
+        raise ValueError(
+            f"{where}: expected a JSON value, got {type(value).__name__}; put tensors into trees"
+        )
+
+
+def _write_folder(
+    path: Path, step: int, trees: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]
+) -> None:
+    path.mkdir()
+    files = {STATE: write_file(path / STATE, json_bytes(dict(state)))}
+    for name, tree in trees.items():
+        file_name = tree_file(name)
+        files[file_name] = write_file(path / file_name, _tree_bytes(tree))
+    sync_folder(path)
+    manifest = {
+        "format": FORMAT_NAME,
+        "version": FORMAT_VERSION,
+        "step": step,
+        "files": files,
+        # safetensors sorts its keys, while arithmetic on trees pairs values in order.
+        "trees": {name: list(tree) for name, tree in trees.items()},
+    }
+    write_file(path / MANIFEST, json_bytes(manifest))
+    sync_folder(path)
+
+
+def _tree_bytes(tree: dict[str, Tensor]) -> bytes:
+    # Always a copy: safetensors refuses tensors that are strided or share memory.
+    copies = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tree.items()
+    }
+    return safetensors.torch.save(copies)
+
+
+def _move_into_place(temporary: Path, final: Path) -> None:
+    """Rename the finished folder, keeping a namesake findable until the new one stands."""
+    replaced = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        if replaced.exists():
+            _delete_folder(replaced)
+        os.rename(final, replaced)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
+        raise
+    sync_folder(final.parent)
+
+
+# -- deleting ----------------------------------------------------------------------------------
+
+
+def _delete_leftovers(folder: Path) -> None:
+    """Remove the hidden folders of saves and deletions that were killed."""
+    for path in folder.iterdir():
+        if path.name.startswith((_SAVING, _DELETING)) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _delete_old(folder: Path, step: int, keep: int) -> None:
+    """Delete what is older than the newest `keep` complete checkpoints up to `step`.
+
+    The one of `step` was just written and is always among them. A checkpoint with missing or cut
+    files does not count, so that damage never pushes out an intact one.
+    """
+    later = [path.name for path in _candidates(folder) if _step_of(path) > step]
+    if later:
+        warnings.warn(
+            f"{folder}: saved step {step}, but an earlier attempt left {', '.join(later)}, which "
+            "an automatic resume would take; delete them if this attempt replaces that one",
+            stacklevel=3,
+        )
+    num_kept = 0
+    for path in _candidates(folder):
+        if _step_of(path) > step:
+            continue
+        if num_kept >= keep or (path.name.endswith(_REPLACED) and _step_of(path) == step):
+            _try_delete(path)
+        elif _looks_complete(path):
+            num_kept += 1
+
+
+def _looks_complete(path: Path) -> bool:
+    """Compare sizes alone; hashing every kept checkpoint at every save would cost too much."""
+    try:
+        files = read_manifest(path)["files"]
+        return all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (CheckpointError, OSError):
+        return False
+
+
+def _try_delete(path: Path) -> None:
+    try:
+        _delete_folder(path)
+    except OSError as error:
+        warnings.warn(f"{path}: old checkpoint not deleted: {error}", stacklevel=4)
+
+
+def _delete_folder(path: Path) -> None:
+    # Renamed first, so that a kill in between leaves no half checkpoint under a final name.
+    doomed = path.with_name(_DELETING + path.name)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+# -- finding and loading -----------------------------------------------------------------------
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the intact checkpoint of the highest step, or None.
+
+    The step is read from the folder's name; links are not followed. Every file is hashed. A
+    damaged checkpoint is skipped with a warning that names the file.
+    """
+    for path in _candidates(folder):
+        try:
+            for _ in verified_files(path, read_manifest(path)):
+                pass
+        except CheckpointError as error:
+            warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=2)
+        else:
+            return path
+    return None
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Return the folders with a checkpoint's name, newest first, a replaced one after its heir."""
+    if not folder.is_dir():
+        return []
+    paths = [
+        path
+        for path in folder.iterdir()
+        if FOLDER_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
+    return sorted(paths, key=lambda p: (-_step_of(p), p.name.endswith(_REPLACED)))
+
+
+def _step_of(path: Path) -> int:
+    match = FOLDER_NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint after checking every file against the manifest.
+
+    The bytes that were hashed are the bytes that are parsed; no tensor refers to the files.
+
+    Raises:
+        CheckpointError: if a file is missing, cut, changed or of an unknown format version.
+    """
+    manifest = read_manifest(path)
+    trees: dict[str, dict[str, Tensor]] = {}
+    state: dict[str, Any] = {}
+    order = {tree_file(name): name for name in manifest["trees"]}
+    for name, data in verified_files(path, manifest):
+        if name == STATE:
+            state = parse_json(path / STATE, data)
+        else:
+            trees[order[name]] = _parse_tree(path / name, data, manifest["trees"][order[name]])
+    return Checkpoint(manifest["step"], {name: trees[name] for name in manifest["trees"]}, state)
+
+
+def _parse_tree(file: Path, data: bytes, keys: list[str]) -> dict[str, Tensor]:
+    try:
+        tree = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise damaged(file, "safetensors", str(error)) from error
+    if sorted(tree) != sorted(keys):
+        raise damaged(file, f"tensors {sorted(keys)}", str(sorted(tree)))
+    return {key: tree[key] for key in keys}
+
+
+# -- optimizers --------------------------------------------------------------------------------
+
+
+def optimizer_tree(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return an optimizer's state as a tree with keys `SLOT/NAME`, such as `exp_avg/weight`.
+
+    Learning rates and other settings are not part of it: they come from the configuration and
+    the step. Before the first step the tree is empty.
+
+    Args:
+        optimizer: one whose state is tensors, such as AdamW (step, exp_avg, exp_avg_sq).
+        names: of its parameters, in its order.
+    """
+    tree = {}
+    for name, parameter in _named_parameters(optimizer, names):
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"optimizer state {slot} of {name}: expected a tensor, got "
+                    f"{type(value).__name__}; use an optimizer with tensor state, such as AdamW"
+                )
+            tree[f"{slot}/{name}"] = value
+    return tree
+
+
+def load_optimizer_tree(
+    optimizer: torch.optim.Optimizer, names: Sequence[str], tree: Mapping[str, Tensor]
+) -> None:
+    """Put the state from `optimizer_tree` into an optimizer over the same parameters.
+
+    The optimizer gets copies, so that its steps leave the tree as it is.
+
+    Raises:
+        ValueError: if the tree does not fit the parameters; the optimizer is then unchanged.
+    """
+    parameters = dict(_named_parameters(optimizer, names))
+    numbers = {name: i for i, name in enumerate(parameters)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tree.items():
+        slot, _, name = key.partition("/")
+        if name not in parameters:
+            raise ValueError(
+                f"optimizer state {key}: expected a parameter among {', '.join(parameters)}; the "
+                "network differs from the one that was saved, resume with its configuration"
+            )
+        _check_slot(key, slot, value, parameters[name])
+        state.setdefault(numbers[name], {})[slot] = value.clone()
+    if len({frozenset(slots) for slots in state.values()}) > 1:
+        raise ValueError(
+            "optimizer state: expected the same slots for every parameter, got "
+            f"{sorted(tree)}; resume from another checkpoint"
+        )
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+
+
+def _check_slot(key: str, slot: str, value: Tensor, parameter: Tensor) -> None:
+    """Refuse what `load_state_dict` would convert or broadcast without a word."""
+    fits = slot == "step" or (value.shape == parameter.shape and value.dtype == parameter.dtype)
+    if not fits:
+        raise ValueError(
+            f"optimizer state {key}: expected {parameter.dtype} {tuple(parameter.shape)} like the "
+            f"parameter, got {value.dtype} {tuple(value.shape)}; resume with the configuration "
+            "that was saved"
+        )
+
+
+def _named_parameters(
+    optimizer: torch.optim.Optimizer, names: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(set(names)) != len(parameters) or len(names) != len(parameters):
+        raise ValueError(
+            f"names: expected {len(parameters)} different ones, one per parameter of the "
+            f"optimizer, got {len(names)}; give them in the optimizer's order"
+        )
+    return zip(names, parameters, strict=True)

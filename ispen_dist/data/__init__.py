@@ -1,0 +1,1 @@
+"""Readers, data sets, and the sharded sampler."""

@@ -1,0 +1,41 @@
+"""One batch of examples as tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of a global batch.
+
+    Attributes:
+        inputs: what the networks read. Multi-label: `features` (B, D) float. Tagging: `features`
+            (B, T, F) int64 hashed ids with 0 for padding, `mask` (B, T) bool.
+        target: gold structure. Multi-label: (B, L) float of 0 and 1. Tagging: (B, T) int64, 0 at
+            padding. Zeros where the data is unlabelled.
+        weight: (B,) float, 1 for an example and 0 for a filler row, so that a rank with nothing to
+            do still runs the same program and contributes a count of zero.
+        index: (B,) int64, row number in the data set.
+    """
+
+    inputs: dict[str, Tensor]
+    target: Tensor
+    weight: Tensor
+    index: Tensor
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        inputs = {key: function(value) for key, value in self.inputs.items()}
+        return Batch(
+            inputs, function(self.target), function(self.weight), function(self.index)
+        )
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
+        """Move to a device; floating-point tensors take the given type."""
+        return self._map(
+            lambda x: x.to(device, dtype, non_blocking=True)
+            if x.is_floating_point()
+            else x.to(device, non_blocking=True)
+        )

@@ -1,0 +1,176 @@
+"""From the `data` section to data sets: paths, splits and codecs."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from ispen_dist.config import Config, ConfigError, DataConfig
+from ispen_dist.data.arff import read_arff
+from ispen_dist.data.conll import check_tags, read_conll, read_conllu
+from ispen_dist.data.datasets import (
+    Codec,
+    Dataset,
+    MultiLabelCodec,
+    MultiLabelDataset,
+    Subset,
+    TaggingCodec,
+    TaggingDataset,
+)
+from ispen_dist.data.errors import DataError
+from ispen_dist.data.npz import read_npz
+from ispen_dist.data.splits import read_split_file, seeded_split
+from ispen_dist.data.svmlight import read_svmlight
+from ispen_dist.data.tables import MultiLabelTable, Sentence
+from ispen_dist.data.token_features import HashedTokenFeatures
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The data sets of a run.
+
+    Attributes:
+        train: for the inner problem, and for the outer one unless examples are held out.
+        dev: selects the model and tunes the threshold.
+        test: read once, at the end; None where there is none.
+        codec: numbers of tags or labels, and of features.
+    """
+
+    train: Dataset
+    dev: Dataset
+    test: Dataset | None
+    codec: Codec
+
+
+def data_path(config: DataConfig, name: str) -> Path:
+    """Return the path of a data file; relative ones are below `data.root`."""
+    return _root(config) / name
+
+
+def _root(config: DataConfig) -> Path:
+    if config.root.startswith("package:"):
+        name = config.root.removeprefix("package:")
+        folder = Path(str(resources.files("ispen_dist.data"))) / "embedded"
+        if not (folder / name).is_dir():
+            embedded = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir()))
+            raise ConfigError(
+                f"data.root: expected an embedded data set, one of {embedded}, got {name!r}"
+            )
+        return folder / name
+    return Path(config.root or os.environ.get("ISPEN_DATA") or "../shared/data")
+
+
+def load_splits(config: Config) -> Splits:
+    """Read all files of the configuration and build the data sets.
+
+    Raises:
+        DataError: for a malformed file, with file and line.
+        ConfigError: for a setting that does not fit the data.
+    """
+    if config.data.task == "tagging":
+        return _tagging_splits(config)
+    return _multilabel_splits(config)
+
+
+def load_named(config: Config, codec: Codec, name: str) -> Dataset:
+    """Read one evaluation set by name: `train`, `dev`, `test`, or a key of `data.extra`.
+
+    Raises:
+        ConfigError: for a name the configuration does not know.
+    """
+    if name in config.data.extra:
+        return load_file(config, codec, data_path(config.data, config.data.extra[name]))
+    splits = load_splits(config)
+    known = {"train": splits.train, "dev": splits.dev}
+    if splits.test is not None:
+        known["test"] = splits.test
+    if name not in known:
+        names = ", ".join([*known, *config.data.extra])
+        raise ConfigError(f"--split: expected one of {names}, got {name!r}")
+    return known[name]
+
+
+def load_file(config: Config, codec: Codec, path: Path) -> Dataset:
+    """Read one file in the format of the task, labelled or not, with a known codec."""
+    if isinstance(codec, TaggingCodec):
+        sentences = _read_sentences(config.data, path)
+        check_tags(sentences, codec.tags, path)
+        return TaggingDataset(tuple(sentences), codec)
+    return MultiLabelDataset(_read_table(config.data, path, codec), codec)
+
+
+def _read_sentences(config: DataConfig, path: Path) -> Sequence[Sentence]:
+    if config.format == "conllu":
+        return read_conllu(path, tag=config.tag)
+    return read_conll(path, token_column=config.token_column, tag_column=config.tag_column)
+
+
+def _tagging_splits(config: Config) -> Splits:
+    data = config.data
+    sentences: list[Sentence] = []
+    for name in data.train:
+        path = data_path(data, name)
+        part = _read_sentences(data, path)
+        for sentence in part:
+            if sentence.tags is None:
+                raise DataError(
+                    path, sentence.line, "expected a tag for every token of the training data, "
+                    "got none; check data.tag_column"
+                )
+        sentences += part
+    tags = tuple(sorted({tag for s in sentences for tag in s.tags or ()}))
+    features = HashedTokenFeatures(
+        num_buckets=config.features.num_buckets, max_affix=config.features.max_affix
+    )
+    codec = TaggingCodec(tags, features)
+    whole = TaggingDataset(tuple(sentences), codec)
+    return _split(config, whole, codec)
+
+
+def _multilabel_splits(config: Config) -> Splits:
+    first, *rest = [_read_table(config.data, data_path(config.data, n)) for n in config.data.train]
+    codec = MultiLabelCodec(first.label_names, first.feature_names)
+    return _split(config, MultiLabelDataset(first.concatenate(rest), codec), codec)
+
+
+def _read_table(
+    config: DataConfig, path: Path, codec: MultiLabelCodec | None = None
+) -> MultiLabelTable:
+    if config.format == "arff":
+        names = codec.labels if codec else None
+        return read_arff(path, data_path(config, config.labels_xml), label_names=names)
+    if config.format == "svmlight":
+        return read_svmlight(
+            path, config.num_features, config.num_labels, zero_based=config.zero_based
+        )
+    return read_npz(path)
+
+
+def _split(config: Config, whole: Dataset, codec: Codec) -> Splits:
+    """Cut by the split file, or by files, or hold a declared seeded dev split out of train."""
+    data = config.data
+    test = load_file(config, codec, data_path(data, data.test)) if data.test else None
+    if data.split_file:
+        rows = read_split_file(data_path(data, data.split_file), len(whole))
+        parts = {name: Subset(whole, part) for name, part in rows.items()}
+        return Splits(parts["train"], parts["dev"], parts.get("test", test), codec)
+    if data.dev:
+        dev = load_file(config, codec, data_path(data, data.dev))
+        return Splits(whole, dev, test, codec)
+    train_rows, dev_rows = seeded_split(len(whole), data.dev_fraction, data.dev_seed)
+    return Splits(Subset(whole, train_rows), Subset(whole, dev_rows), test, codec)
+
+
+def hold_out(config: Config, train: Dataset) -> tuple[Dataset, Dataset]:
+    """Return the examples of the inner and of the outer problem.
+
+    They are the same unless `outer.held_out_fraction` sets some aside for the outer loss.
+    """
+    fraction = config.outer.held_out_fraction
+    if fraction == 0.0 or config.train.method == "mle":
+        return train, train
+    inner_rows, outer_rows = seeded_split(len(train), fraction, config.train.seed)
+    return Subset(train, np.asarray(inner_rows)), Subset(train, np.asarray(outer_rows))

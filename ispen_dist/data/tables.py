@@ -1,0 +1,2 @@
+class Sentence: pass
+class MultiLabelTable: pass

@@ -1,0 +1,1 @@
+"""Trees, curvature operators and linear solvers. No collectives, no models."""

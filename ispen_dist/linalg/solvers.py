@@ -1,0 +1,220 @@
+"""Linear solvers for `A q = b` on trees, given only products with a symmetric `A`.
+
+A solver is a frozen dataclass of its settings with one method, `solve`. It sees a matrix-vector
+product, a right-hand side and a function for inner products; where these live (one process,
+replicas, shards) is none of its business. Every decision is taken from the scalars that the
+inner products return, which are the same on every rank, so all ranks stop together.
+
+To add one: write the dataclass here or in a file of its own, and add a row to `SOLVERS`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ispen_dist.linalg import trees
+from ispen_dist.linalg.solution import Solution, Status
+from ispen_dist.linalg.trees import Tree, add_scaled, scaled, zeros_like
+
+MatVec = Callable[[Tree], Tree]
+Dots = Callable[[Sequence[tuple[Tree, Tree]]], Tensor]
+
+
+class Solver(Protocol):
+    """The interface of every linear solver."""
+
+    def solve(
+        self, matvec: MatVec, rhs: Tree, *, dots: Dots = trees.dots, start: Tree | None = None
+    ) -> Solution:
+        """Solve `A q = rhs`.
+
+        Args:
+            matvec: returns `A v` for a tree `v` like `rhs`, identical on every rank.
+            rhs: the right-hand side `b`.
+            dots: inner products of several pairs of trees, see `trees.dots`.
+            start: initial guess, for instance the solution of the previous outer step; dropped
+                where zero is the better start.
+        """
+        ...
+
+
+def _require_positive(owner: object, **values: float) -> None:
+    for name, value in values.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(
+                f"{type(owner).__name__}.{name}: expected a positive number, got {value}"
+            )
+
+
+@dataclass(frozen=True)
+class _Begin:
+    """First iterate, its residual, and their squared norms; `ended` where there is no work."""
+
+    q: Tree
+    r: Tree
+    rr: float
+    bb: float
+    ended: Solution | None
+
+
+def _begin(matvec: MatVec, rhs: Tree, dots: Dots, start: Tree | None) -> _Begin:
+    q, r = zeros_like(rhs), rhs
+    if start is None:
+        bb = rr = dots([(rhs, rhs)]).item()
+    else:
+        r_start = add_scaled(rhs, -1.0, matvec(start))
+        bb, rr = dots([(rhs, rhs), (r_start, r_start)]).tolist()
+        if rr < bb:
+            q, r = start, r_start
+        else:
+            rr = bb
+    ended = None
+    if not math.isfinite(bb):
+        ended = Solution(zeros_like(rhs), Status.NOT_FINITE, 0, math.nan)
+    elif bb == 0.0:
+        ended = Solution(zeros_like(rhs), Status.ZERO_RHS, 0, 0.0)
+    return _Begin(q, r, rr, bb, ended)
+
+
+@dataclass(frozen=True)
+class CG:
+    """Conjugate gradients (Hestenes and Stiefel 1952), stopping on negative curvature.
+
+    Departures from the textbook: (1) `p.Ap <= 0` ends the solve with the last good iterate, as
+    Steihaug (1983) does, and is reported; (2) a warm start worse than zero is dropped; (3) the
+    scalars of an iteration are read by the host once, after its vector updates are queued.
+
+    Attributes:
+        max_steps: limit on products with `A`.
+        rtol: stop when `|b - A q| <= rtol |b|`; 0 runs to `max_steps`.
+    """
+
+    max_steps: int = 20
+    rtol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _require_positive(self, max_steps=self.max_steps)
+        if not 0.0 <= self.rtol < 1.0:
+            raise ValueError(f"CG.rtol: expected a number in [0, 1), got {self.rtol}")
+
+    def solve(
+        self, matvec: MatVec, rhs: Tree, *, dots: Dots = trees.dots, start: Tree | None = None
+    ) -> Solution:
+        """See `Solver.solve`."""
+        begin = _begin(matvec, rhs, dots, start)
+        if begin.ended is not None:
+            return begin.ended
+        q, r, rr, bb = begin.q, begin.r, begin.rr, begin.bb
+        p, history = r, [math.sqrt(rr / bb)]
+
+        def end(status: Status) -> Solution:
+            return Solution(q, status, len(history) - 1, history[-1], tuple(history))
+
+        while history[-1] > self.rtol and len(history) <= self.max_steps:
+            Ap = matvec(p)
+            pAp_device = dots([(p, Ap)])[0]
+            alpha = rr / pAp_device
+            q_next = add_scaled(q, alpha, p)
+            r_next = add_scaled(r, -alpha, Ap)
+            pAp, rr_next = _read(pAp_device, dots([(r_next, r_next)])[0])
+            if not math.isfinite(pAp):
+                return end(Status.NOT_FINITE)
+            if pAp <= 0.0:
+                return end(Status.NEGATIVE_CURVATURE)
+            if not math.isfinite(rr_next):
+                return end(Status.NOT_FINITE)
+            p = add_scaled(r_next, rr_next / rr, p)
+            q, r, rr = q_next, r_next, rr_next
+            history.append(math.sqrt(rr / bb))
+        return end(Status.CONVERGED if history[-1] <= self.rtol else Status.MAX_STEPS)
+
+
+def _read(*scalars: Tensor) -> list[float]:
+    """Bring device scalars to the host in one transfer."""
+    return torch.stack(scalars).tolist()
+
+
+@dataclass(frozen=True)
+class Neumann:
+    """Truncated Neumann series, the solver of the paper (arXiv 2211.11649).
+
+        q = (1/c) sum_{k<K} (I - A/c)^k b
+
+    computed as the equivalent Richardson iteration q += r/c, r -= A r / c, whose `r` is the true
+    residual, so divergence is seen. Converges where every eigenvalue of A lies in (0, 2c).
+
+    Attributes:
+        max_steps: number of terms K.
+        scale: the divisor c.
+        rtol: stop early when `|b - A q| <= rtol |b|`; 0 takes all terms, as the paper does.
+    """
+
+    max_steps: int = 20
+    scale: float = 10.0
+    rtol: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, max_steps=self.max_steps, scale=self.scale)
+
+    def solve(
+        self, matvec: MatVec, rhs: Tree, *, dots: Dots = trees.dots, start: Tree | None = None
+    ) -> Solution:
+        """See `Solver.solve`."""
+        begin = _begin(matvec, rhs, dots, start)
+        if begin.ended is not None:
+            return begin.ended
+        q, r, bb = begin.q, begin.r, begin.bb
+        history = [math.sqrt(begin.rr / bb)]
+        while history[-1] > self.rtol and len(history) <= self.max_steps:
+            q = add_scaled(q, 1.0 / self.scale, r)
+            r = add_scaled(r, -1.0 / self.scale, matvec(r))
+            rr = dots([(r, r)]).item()
+            history.append(math.sqrt(rr / bb) if rr >= 0.0 else math.nan)
+            if not math.isfinite(rr):
+                break
+        status = self._status(history)
+        return Solution(q, status, len(history) - 1, history[-1], tuple(history))
+
+    def _status(self, history: list[float]) -> Status:
+        if not math.isfinite(history[-1]):
+            return Status.NOT_FINITE
+        if history[-1] <= self.rtol:
+            return Status.CONVERGED
+        return Status.DIVERGED if history[-1] > history[0] else Status.MAX_STEPS
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Replace the inverse by a multiple of the identity, `q = b / scale`.
+
+    The one-step approximation of Luketina et al. (2016) and DARTS; costs no product.
+
+    Attributes:
+        scale: the divisor.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, scale=self.scale)
+
+    def solve(
+        self, matvec: MatVec, rhs: Tree, *, dots: Dots = trees.dots, start: Tree | None = None
+    ) -> Solution:
+        """See `Solver.solve`; `matvec` and `start` are not used."""
+        bb = dots([(rhs, rhs)]).item()
+        if not math.isfinite(bb):
+            return Solution(zeros_like(rhs), Status.NOT_FINITE, 0, math.nan)
+        status = Status.APPROXIMATE if bb > 0.0 else Status.ZERO_RHS
+        return Solution(scaled(rhs, 1.0 / self.scale), status, 0, math.nan)
+
+
+SOLVERS: dict[str, type[CG] | type[Neumann] | type[Identity]] = {
+    "cg": CG,
+    "neumann": Neumann,
+    "identity": Identity,
+}

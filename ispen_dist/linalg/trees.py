@@ -1,0 +1,61 @@
+"""Arithmetic on parameter trees, `dict[str, Tensor]` with the same keys and shapes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Tree = dict[str, Tensor]
+
+
+def dots(pairs: Sequence[tuple[Tree, Tree]]) -> Tensor:
+    """Compute the inner products of several pairs of trees.
+
+    Args:
+        pairs: `n` pairs of trees with equal keys and shapes.
+
+    Returns:
+        Tensor of shape `(n,)`. A solver asks for all the products of one iteration in one call, so
+        that a sharded layout can answer with a single all-reduce.
+    """
+    return torch.stack([_dot(a, b) for a, b in pairs])
+
+
+def _dot(a: Tree, b: Tree) -> Tensor:
+    return torch.stack([torch.dot(a[k].flatten(), b[k].flatten()) for k in a]).sum()
+
+
+def add_scaled(y: Tree, scale: float | Tensor, x: Tree) -> Tree:
+    """Return `y + scale * x` as a new tree."""
+    scaled = torch._foreach_mul(list(x.values()), scale)
+    return dict(zip(y, torch._foreach_add(list(y.values()), scaled), strict=True))
+
+
+def scaled(x: Tree, scale: float | Tensor) -> Tree:
+    """Return `scale * x` as a new tree."""
+    return dict(zip(x, torch._foreach_mul(list(x.values()), scale), strict=True))
+
+
+def zeros_like(x: Tree) -> Tree:
+    """Return a tree of zeros with the keys, shapes, types and devices of `x`."""
+    return {key: torch.zeros_like(value) for key, value in x.items()}
+
+
+def norm(x: Tree) -> Tensor:
+    """Return the Euclidean norm over all entries of the tree, a tensor of shape `()`."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(x.values()))))
+
+
+def as_leaves(x: Tree) -> Tree:
+    """Return a tree that shares storage with `x` and starts a new autograd graph."""
+    return {key: value.detach().requires_grad_() for key, value in x.items()}
+
+
+def detached(x: Tree) -> Tree:
+    """Return a tree that shares storage with `x` and carries no autograd history."""
+    return {key: value.detach() for key, value in x.items()}
+
+
+def num_elements(x: Tree) -> int:
+    """Count the scalars in the tree."""
+    return sum(value.numel() for value in x.values())

@@ -1,0 +1,96 @@
+"""Task metrics as sums over examples, so that ranks with unequal parts add up exactly.
+
+Each metric follows a library: accuracy is a count, the example-F1 is scikit-learn's
+`f1_score(average="samples")` with an empty prediction of an empty gold set counting 1.
+"""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from sklearn.metrics import f1_score
+from torch import Tensor
+
+from ispen_dist.data.batch import Batch
+from ispen_dist.data.datasets import Codec, TaggingCodec
+
+THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+
+
+class Metrics(Protocol):
+    """Adds up over batches; `main` names the metric that selects the model."""
+
+    main: str
+
+    def sums(self, ybar: Tensor, batch: Batch) -> Tensor:
+        """Return the sums of one batch, float64 of a fixed shape."""
+        ...
+
+    def zero(self) -> Tensor:
+        """Return the sums of no examples."""
+        ...
+
+    def finish(self, sums: Tensor, threshold: float | None) -> dict[str, float]:
+        """Turn global sums into metric values."""
+        ...
+
+
+class TaggingMetrics:
+    """Token accuracy."""
+
+    main = "accuracy"
+
+    def zero(self) -> Tensor:
+        """Return (correct tokens, tokens) of no examples."""
+        return torch.zeros(2, dtype=torch.float64)
+
+    def sums(self, ybar: Tensor, batch: Batch) -> Tensor:
+        """Return (correct tokens, tokens)."""
+        mask = batch.inputs["mask"] & (batch.weight > 0).unsqueeze(-1)
+        correct = (ybar.argmax(-1) == batch.target) & mask
+        return torch.stack([correct.sum(), mask.sum()]).double().cpu()
+
+    def finish(self, sums: Tensor, threshold: float | None) -> dict[str, float]:
+        """Return the accuracy; `threshold` is not used."""
+        correct, tokens = sums.tolist()
+        return {"accuracy": correct / tokens}
+
+
+class MultiLabelMetrics:
+    """Example-F1 at threshold 0.5 and at a threshold tuned on dev."""
+
+    main = "example_f1_at_0.5"
+
+    def zero(self) -> Tensor:
+        """Return the sums of no examples: F1 at each of `THRESHOLDS`, then the count."""
+        return torch.zeros(len(THRESHOLDS) + 1, dtype=torch.float64)
+
+    def sums(self, ybar: Tensor, batch: Batch) -> Tensor:
+        """Return the sum of example-F1 at each of `THRESHOLDS`, then the number of examples."""
+        real = (batch.weight > 0).cpu().numpy()
+        gold = batch.target.cpu().numpy()[real] > 0.5
+        probability = ybar.double().cpu().numpy()[real]
+        totals = [_example_f1_sum(gold, probability > t) for t in THRESHOLDS]
+        return torch.tensor([*totals, len(gold)], dtype=torch.float64)
+
+    def finish(self, sums: Tensor, threshold: float | None) -> dict[str, float]:
+        """Return F1 at 0.5 and at the given threshold; with None, at the best one (for dev)."""
+        curve = (sums[:-1] / sums[-1]).tolist()
+        chosen = THRESHOLDS[int(np.argmax(curve))] if threshold is None else threshold
+        return {
+            "example_f1_at_0.5": curve[THRESHOLDS.index(0.5)],
+            "example_f1_tuned": curve[THRESHOLDS.index(chosen)],
+            "threshold": chosen,
+        }
+
+
+def _example_f1_sum(gold: np.ndarray, predicted: np.ndarray) -> float:
+    if not len(gold):
+        return 0.0
+    mean = f1_score(gold, predicted, average="samples", zero_division=1.0)
+    return float(mean) * len(gold)
+
+
+def build_metrics(codec: Codec) -> Metrics:
+    """Return the metrics of a kind of structure."""
+    return TaggingMetrics() if isinstance(codec, TaggingCodec) else MultiLabelMetrics()

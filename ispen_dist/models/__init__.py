@@ -1,0 +1,1 @@
+"""Inference networks, energies and output spaces: single-device code."""

@@ -1,0 +1,194 @@
+"""From hashed token features to contextual vectors: embedding, BiLSTM, transformer.
+
+Everything here can be differentiated by reverse over reverse, on CPU, to any order: embeddings are
+gathered (EmbeddingBag has no second derivative), attention is written out (the fused kernels have
+none) with a finite mask bias, so that no gradient of an infinity becomes NaN. On a GPU the second
+derivative of `nn.LSTM` needs `torch.backends.cudnn.flags(enabled=False)` around the call.
+
+Dropout reads the global random state of PyTorch: the same seed before a call gives the same masks.
+
+Shapes: B batch, T tokens, F hashed features per token, D width, N heads.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+# Large enough that exp underflows to zero in float32 beside any plausible score, and finite.
+MASKED_SCORE = -1e4
+
+
+class TokenEmbedding(nn.Module):
+    """Sum of the embeddings of a token's features, without the absent ones.
+
+    Args:
+        num_buckets: rows of the table; row 0 belongs to absent features and is never read into
+            the sum, so its value and its gradient are zero.
+        embedding_size: D.
+        feature_dropout: rate at which single features of a token are left out in training, the
+            rest scaled up.
+    """
+
+    def __init__(
+        self, num_buckets: int, embedding_size: int, feature_dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_buckets, embedding_size) * 0.1)
+        self.feature_dropout = nn.Dropout(feature_dropout)
+        with torch.no_grad():
+            self.weight[0] = 0.0
+
+    def forward(self, ids_BTF: Tensor) -> Tensor:
+        """Return (B, T, D)."""
+        present = self.feature_dropout((ids_BTF != 0).to(self.weight.dtype))
+        # (1, F) @ (F, D) per token: one contraction for padding, dropout and the sum.
+        return (present.unsqueeze(-2) @ F.embedding(ids_BTF, self.weight)).squeeze(-2)
+
+
+class BiLSTMEncoder(nn.Module):
+    """Bidirectional LSTM over right-padded sequences; padding never changes a result.
+
+    Sequences are packed, so the backward direction starts at the last token. Of the ways to
+    honour padding this one has the cheapest curvature products on CPU.
+
+    Args:
+        input_size: D of the input.
+        hidden_size: width per direction; the output has twice as much.
+        num_layers: layers.
+        dropout: rate between layers.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(
+            input_size,
+            hidden_size,
+            num_layers,
+            batch_first=True,
+            bidirectional=True,
+            dropout=dropout if num_layers > 1 else 0.0,
+        )
+        self.output_size = 2 * hidden_size
+
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """Return (B, T, 2 * hidden_size), zeros at padding; filler rows may be all padding."""
+        # An empty sequence cannot be packed: filler rows run one step, which nothing reads.
+        lengths = mask_BT.sum(-1).clamp(min=1).cpu()
+        packed = pack_padded_sequence(x_BTD, lengths, batch_first=True, enforce_sorted=False)
+        hidden, _ = pad_packed_sequence(
+            self.lstm(packed)[0], batch_first=True, total_length=x_BTD.shape[1]
+        )
+        return hidden
+
+
+class SelfAttention(nn.Module):
+    """Multi-head softmax self-attention, written out so that it has derivatives of any order.
+
+    Args:
+        width: D.
+        num_heads: N, a divisor of D.
+        dropout: rate of attention weights.
+    """
+
+    def __init__(self, width: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of the width {width}, got {num_heads}; "
+                "change num_heads or the width"
+            )
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BTD: Tensor, bias_B11T: Tensor) -> Tensor:
+        """Attend among tokens; `bias` is added to the scores: (B, T, D)."""
+        heads = self.qkv(x_BTD).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = heads.transpose(1, 3).unbind(2)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias_B11T
+        mixed = self.dropout(torch.softmax(scores, dim=-1)) @ v
+        return self.out(mixed.transpose(1, 2).flatten(-2))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block (Xiong et al. 2020) with GELU.
+
+    Args:
+        width: D.
+        num_heads: attention heads.
+        dropout: rate of attention weights and of both residual branches.
+    """
+
+    def __init__(self, width: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, num_heads, dropout)
+        self.feedforward_norm = nn.LayerNorm(width)
+        self.feedforward = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h_BTD: Tensor, bias_B11T: Tensor) -> Tensor:
+        """Return the next hidden state (B, T, D)."""
+        attended = self.attention(self.attention_norm(h_BTD), bias_B11T)
+        h_BTD = h_BTD + self.dropout(attended)
+        return h_BTD + self.dropout(self.feedforward(self.feedforward_norm(h_BTD)))
+
+
+def mask_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the attention bias (B, 1, 1, T): 0 at tokens, a large negative number at padding."""
+    return (~mask_BT).to(dtype)[:, None, None, :] * MASKED_SCORE
+
+
+def sinusoidal_positions(num_positions: int, width: int, like: Tensor) -> Tensor:
+    """Return position vectors (T, D) of Vaswani et al. (2017), on the device of `like`."""
+    position = torch.arange(num_positions, device=like.device, dtype=like.dtype)
+    channel = torch.arange((width + 1) // 2, device=like.device, dtype=like.dtype)
+    angle = position[:, None] * torch.exp(channel * (-2.0 * math.log(1e4) / width))
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[:, :width]
+
+
+class TransformerEncoder(nn.Module):
+    """Stack of identical pre-norm blocks over tokens with sinusoidal positions.
+
+    `embed`, then each of `blocks` with the bias of `mask_bias`, then `final_norm` is the whole
+    forward pass; an engine that works block by block calls these parts itself.
+
+    Args:
+        input_size: D of the input.
+        width: D inside.
+        num_layers: blocks.
+        num_heads: attention heads.
+        dropout: rate in all blocks.
+    """
+
+    def __init__(
+        self, input_size: int, width: int, num_layers: int, num_heads: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.project = nn.Linear(input_size, width)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, num_heads, dropout) for _ in range(num_layers)
+        )
+        self.final_norm = nn.LayerNorm(width)
+        self.output_size = width
+
+    def embed(self, x_BTD: Tensor) -> Tensor:
+        """Return the input of the first block: (B, T, width)."""
+        h_BTD = self.project(x_BTD)
+        return h_BTD + sinusoidal_positions(h_BTD.shape[1], h_BTD.shape[2], h_BTD)
+
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """Return (B, T, width)."""
+        bias = mask_bias(mask_BT, x_BTD.dtype)
+        h_BTD = self.embed(x_BTD)
+        for block in self.blocks:
+            h_BTD = block(h_BTD, bias)
+        return self.final_norm(h_BTD)

@@ -1,0 +1,107 @@
+"""Energy networks E_phi(x, y): one number per example, low where y fits x.
+
+Called as `energy(inputs, y)` with `y` relaxed or gold, (B, ...) or with a leading sample
+dimension (S, B, ...); the features of x are computed once for all samples. `local_logits(inputs)`
+gives the local potentials, which are pre-trained as the logits of an independent model, and
+`local_parameters()` names what belongs to them.
+
+To add one: write the module here or in a file of its own, and add a row to `models/registry.py`.
+Shapes: B batch, T tokens, K tags, L labels, M interaction units, S samples.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class EnergyNetwork(Protocol):
+    """The interface of an energy; implementations are `nn.Module`s."""
+
+    def __call__(self, inputs: Mapping[str, Tensor], y: Tensor) -> Tensor:
+        """Return energies (B,) or (S, B)."""
+        ...
+
+    def local_logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the local potentials, shaped like the logits of the inference network."""
+        ...
+
+    def interaction(self) -> Tensor:
+        """Return the learned interaction between output variables as a matrix, for pictures."""
+        ...
+
+
+class LabelInteractionEnergy(nn.Module):
+    """Multi-label SPEN energy, `E = - y^T (b(x) + c) + v^T softplus(M y)`.
+
+    Belanger and McCallum (2016); arXiv 2211.11649, Section 4. `b` is a feature network of the
+    energy's own, `c` a bias per label that stays trainable when `b` is frozen.
+
+    Args:
+        feature_network: `inputs -> b(x)` of shape (B, L).
+        num_labels: L.
+        num_units: M, rows of the interaction matrix.
+    """
+
+    def __init__(self, feature_network: nn.Module, num_labels: int, num_units: int) -> None:
+        super().__init__()
+        self.feature_network = feature_network
+        self.label_bias = nn.Parameter(torch.zeros(num_labels))
+        self.M = nn.Parameter(torch.randn(num_units, num_labels) / math.sqrt(num_labels))
+        self.v = nn.Parameter(torch.zeros(num_units))
+
+    def local_logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return `b(x)`, (B, L)."""
+        return self.feature_network(inputs)
+
+    def global_energy(self, y: Tensor) -> Tensor:
+        """Return `v^T softplus(M y)` per example."""
+        return F.softplus(y @ self.M.T) @ self.v
+
+    def forward(self, inputs: Mapping[str, Tensor], y: Tensor) -> Tensor:
+        """Return energies (B,) of y (B, L), or (S, B) of y (S, B, L)."""
+        local = self.local_logits(inputs) + self.label_bias
+        return self.global_energy(y) - (y * local).sum(-1)
+
+    def interaction(self) -> Tensor:
+        """Return the Hessian of the global term at y = 0, `M^T diag(v / 4) M`: (L, L)."""
+        return (self.M.T * (self.v / 4.0)) @ self.M
+
+
+class LinearChainEnergy(nn.Module):
+    """Tagging energy, `E = - (sum_t y_t . U b(x,t) + sum_t y_{t-1}^T W y_t)`.
+
+    Tu and Gimpel (2018); arXiv 2211.11649, Section 4. The first sum holds local potentials from a
+    tagging network of the energy's own, `W[i, j]` is the score of tag j after tag i.
+
+    Args:
+        feature_network: `inputs -> potentials` of shape (B, T, K).
+        num_tags: K.
+    """
+
+    def __init__(self, feature_network: nn.Module, num_tags: int) -> None:
+        super().__init__()
+        self.feature_network = feature_network
+        self.label_bias = nn.Parameter(torch.zeros(num_tags))
+        self.W = nn.Parameter(torch.zeros(num_tags, num_tags))
+
+    def local_logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the local potentials, (B, T, K)."""
+        return self.feature_network(inputs)
+
+    def forward(self, inputs: Mapping[str, Tensor], y: Tensor) -> Tensor:
+        """Return energies (B,) of y (B, T, K), or (S, B) of y (S, B, T, K).
+
+        Padding needs no mask of its own: `y` is zero there and enters every term as a factor.
+        """
+        local = self.local_logits(inputs) + self.label_bias
+        unary = (y * local).sum((-1, -2))
+        pairwise = ((y[..., :-1, :] @ self.W) * y[..., 1:, :]).sum((-1, -2))
+        return -(unary + pairwise)
+
+    def interaction(self) -> Tensor:
+        """Return the transition scores W, (K, K): row the previous tag, column the next."""
+        return self.W

@@ -1,0 +1,89 @@
+"""Tagging networks: hashed token features -> embedding -> encoder -> logits per tag.
+
+Used as inference networks A_theta and as the local potentials of an energy. Inputs are
+`{"features": (B, T, F) int64, 0 = absent, "mask": (B, T) bool, tokens first}`; logits are
+(B, T, K), finite and of no meaning at padding.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ispen_dist.models.encoders import BiLSTMEncoder, TokenEmbedding, TransformerEncoder
+
+
+class BiLSTMTagger(nn.Module):
+    """Tags from a BiLSTM, with a shortcut from the token's own features to its logits.
+
+    Args:
+        num_buckets: rows of the embedding table.
+        num_tags: K.
+        embedding_size: width of token embeddings.
+        hidden_size: width per direction.
+        num_layers: LSTM layers.
+        dropout: rate of embeddings and hidden units.
+        feature_dropout: rate of whole input features.
+    """
+
+    def __init__(
+        self,
+        num_buckets: int,
+        num_tags: int,
+        embedding_size: int = 64,
+        hidden_size: int = 128,
+        num_layers: int = 1,
+        dropout: float = 0.0,
+        feature_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.embedding = TokenEmbedding(num_buckets, embedding_size, feature_dropout)
+        self.encoder = BiLSTMEncoder(embedding_size, hidden_size, num_layers, dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(self.encoder.output_size + embedding_size, num_tags)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return logits (B, T, K)."""
+        x_BTD = self.dropout(self.embedding(inputs["features"]))
+        h_BTD = self.encoder(x_BTD, inputs["mask"])
+        return self.output(torch.cat([self.dropout(h_BTD), x_BTD], dim=-1))
+
+
+class TransformerTagger(nn.Module):
+    """Tags from a pre-norm transformer, with a shortcut from the token's own features.
+
+    Args:
+        num_buckets: rows of the embedding table.
+        num_tags: K.
+        embedding_size: width of token embeddings.
+        hidden_size: width of the blocks.
+        num_layers: blocks.
+        num_heads: attention heads.
+        dropout: rate of embeddings, hidden units and attention weights.
+        feature_dropout: rate of whole input features.
+    """
+
+    def __init__(
+        self,
+        num_buckets: int,
+        num_tags: int,
+        embedding_size: int = 64,
+        hidden_size: int = 128,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        dropout: float = 0.0,
+        feature_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.embedding = TokenEmbedding(num_buckets, embedding_size, feature_dropout)
+        self.encoder = TransformerEncoder(
+            embedding_size, hidden_size, num_layers, num_heads, dropout
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(hidden_size + embedding_size, num_tags)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return logits (B, T, K)."""
+        x_BTD = self.dropout(self.embedding(inputs["features"]))
+        h_BTD = self.encoder(x_BTD, inputs["mask"])
+        return self.output(torch.cat([self.dropout(h_BTD), x_BTD], dim=-1))

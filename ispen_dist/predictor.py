@@ -1,0 +1,142 @@
+"""A trained model as a folder: both networks as safetensors, settings and codec as JSON."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ispen_dist.command_line import config_from_dict, config_to_dict
+from ispen_dist.config import Config
+from ispen_dist.data.batch import Batch
+from ispen_dist.data.datasets import Codec, Dataset, MultiLabelCodec, TaggingCodec
+from ispen_dist.data.token_features import HashedTokenFeatures
+from ispen_dist.evaluate import evaluate, predictions
+from ispen_dist.metrics import build_metrics
+from ispen_dist.players import Players, build_players
+
+FORMAT_VERSION = 1
+
+
+class ModelError(ValueError):
+    """A model folder that cannot be loaded; the message names the file and what was found."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """The inference network and the energy it was trained on, ready to use.
+
+    Attributes:
+        players: both networks.
+        codec: names of tags or labels, and token features.
+        threshold: multi-label decision threshold tuned on dev; None for tagging.
+
+    Example:
+        `predictor = Predictor.from_pretrained("runs/my-run/model")`, then
+        `predictor.evaluate(dataset)` or `for batch, ybar in predictor.predict(dataset)`.
+    """
+
+    players: Players
+    codec: Codec
+    threshold: float | None = None
+
+    @property
+    def config(self) -> Config:
+        """Settings of the run that trained the model."""
+        return self.players.config
+
+    def predict(self, dataset: Dataset, batch_size: int = 256) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield batches in order with their relaxed outputs, one forward pass each."""
+        return predictions(
+            self.players.inference_net, self.players.space, dataset, batch_size=batch_size
+        )
+
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        """Return the task's metrics on labelled examples, at the threshold tuned on dev."""
+        return evaluate(
+            self.players.inference_net,
+            self.players.space,
+            build_metrics(self.codec),
+            dataset,
+            threshold=self.threshold,
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `inference_net.safetensors`, `energy.safetensors` and `config.json`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, network in self._networks().items():
+            tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+            save_file(tensors, folder / f"{name}.safetensors")
+        description = {
+            "format_version": FORMAT_VERSION,
+            "config": config_to_dict(self.config),
+            "codec": asdict(self.codec),
+            "threshold": self.threshold,
+        }
+        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: torch.device | str = "cpu") -> "Predictor":
+        """Load a model folder.
+
+        Args:
+            path: the `model/` folder of a run, or the run folder itself.
+            device: where the networks go.
+
+        Raises:
+            ModelError: for a missing or damaged file, naming it.
+        """
+        folder = Path(path)
+        folder = folder / "model" if (folder / "model").is_dir() else folder
+        description = _read_description(folder / "config.json")
+        codec = _codec(description["codec"])
+        config = config_from_dict(description["config"])
+        predictor = cls(
+            build_players(config, codec, torch.device(device)), codec, description["threshold"]
+        )
+        for name, network in predictor._networks().items():
+            _load_weights(network, folder / f"{name}.safetensors")
+        return predictor
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {"inference_net": self.players.inference_net, "energy": self.players.energy}
+
+
+def _codec(values: dict[str, Any]) -> Codec:
+    if "tags" in values:
+        return TaggingCodec(tuple(values["tags"]), HashedTokenFeatures(**values["features"]))
+    return MultiLabelCodec(tuple(values["labels"]), tuple(values["feature_names"]))
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{path}: expected the description of a trained model, found no such file; give a "
+            "run folder whose training has ended, or its model/ folder"
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path}: expected JSON, found {error}; export the model again") from error
+    version = description.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ModelError(
+            f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}; load it with "
+            "the version of ispen-dist that wrote it"
+        )
+    return description
+
+
+def _load_weights(network: nn.Module, path: Path) -> None:
+    try:
+        network.load_state_dict(load_file(path))
+    except Exception as error:
+        raise ModelError(
+            f"{path}: expected the weights that config.json describes, found: {error}; "
+            "export the model again"
+        ) from error

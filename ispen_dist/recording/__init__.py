@@ -1,0 +1,1 @@
+"""What a run writes for people: metric rows, TensorBoard events, pictures, and the console."""

@@ -1,0 +1,135 @@
+"""Every solver meets every operator; every way a solve can end is seen and named."""
+
+import math
+
+import pytest
+import torch
+
+from ispen_dist.linalg.operators import build_operator, damped
+from ispen_dist.linalg.solution import Status
+from ispen_dist.linalg.solvers import CG, SOLVERS, Identity, Neumann
+import problems
+
+torch.set_default_dtype(torch.float64)
+
+TIGHT = {
+    "cg": lambda largest: CG(2000, 1e-13),
+    "neumann": lambda largest: Neumann(20000, largest, rtol=1e-12),
+    "identity": lambda largest: Identity(largest),
+}
+
+
+def test_the_table_of_tight_solvers_is_complete():
+    assert TIGHT.keys() == SOLVERS.keys()
+
+
+@pytest.mark.parametrize("task", ["multilabel", "bilstm"])
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("solver_name", SOLVERS)
+def test_every_solver_meets_every_operator(solver_name, curvature, task):
+    batch = problems.random_batch(task, 5, 1)
+    problem = problems.build_problem(task, batch, batch)
+    operator = build_operator(curvature, problem.inner, problem.theta, problem.phi)
+    eye = torch.eye(problems.flatten(problem.theta).numel())
+    columns = [
+        problems.flatten(operator.matvec(problems.unflatten(e, problem.theta))) for e in eye
+    ]
+    H = torch.stack(columns)
+    eigenvalues = torch.linalg.eigvalsh(H)
+    damping = max(0.0, -eigenvalues[0].item()) + 0.05 * eigenvalues[-1].item()
+    largest = eigenvalues[-1].item() + damping
+    b = torch.randn(len(H), generator=torch.Generator().manual_seed(2))
+    rhs = problems.unflatten(b, problem.theta)
+    solution = TIGHT[solver_name](largest).solve(damped(operator, damping), rhs)
+    value = problems.flatten(solution.value)
+    if solver_name == "identity":
+        torch.testing.assert_close(value, b / largest, rtol=1e-15, atol=0.0)
+        assert solution.status is Status.APPROXIMATE
+        return
+    exact = torch.linalg.solve(H + damping * eye, b)
+    assert solution.status is Status.CONVERGED
+    assert (value - exact).norm() / exact.norm() < 1e-9
+    true_residual = (b - (H + damping * eye) @ value).norm() / b.norm()
+    assert solution.residual == pytest.approx(true_residual.item(), abs=1e-12)
+
+
+def diagonal(*entries):
+    d = torch.tensor(entries)
+    return lambda v: {"w": d * v["w"]}
+
+
+ONES = {"w": torch.ones(3)}
+
+
+def test_cg_stops_on_negative_curvature_with_the_last_good_iterate():
+    solution = CG(20, 1e-10).solve(diagonal(1.0, 2.0, -5.0), ONES)
+    assert solution.status is Status.NEGATIVE_CURVATURE
+    assert not solution.status.usable
+    assert solution.num_steps == 0
+    assert solution.value["w"].abs().max() == 0.0
+
+
+def test_cg_reports_a_limit_that_came_too_early():
+    solution = CG(1, 1e-10).solve(diagonal(1.0, 2.0, 3.0), ONES)
+    assert solution.status is Status.MAX_STEPS
+    assert solution.status.usable
+    assert solution.num_steps == 1
+    assert solution.residuals[0] == 1.0
+    assert 0.0 < solution.residual < 1.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("solver", [CG(5), Neumann(5), Identity()], ids=list(SOLVERS))
+def test_a_right_hand_side_that_is_not_finite_is_reported(solver, bad):
+    solution = solver.solve(diagonal(1.0, 1.0, 1.0), {"w": torch.tensor([1.0, bad, 1.0])})
+    assert solution.status is Status.NOT_FINITE
+
+
+@pytest.mark.parametrize("solver", [CG(5), Neumann(5)], ids=["cg", "neumann"])
+def test_a_product_that_is_not_finite_is_reported(solver):
+    solution = solver.solve(diagonal(1.0, math.nan, 1.0), ONES)
+    assert solution.status is Status.NOT_FINITE
+
+
+def test_neumann_sees_that_its_scale_is_too_small():
+    solution = Neumann(50, scale=1.0).solve(diagonal(1.0, 2.0, 3.0), ONES)
+    assert solution.status is Status.DIVERGED
+    assert "scale" in solution.status.help
+
+
+def test_neumann_is_the_truncated_series_of_the_paper():
+    c, num_terms, d = 4.0, 7, torch.tensor([1.0, 2.0, 3.0])
+    series = sum((1.0 - d / c) ** k for k in range(num_terms)) / c
+    solution = Neumann(num_terms, c).solve(diagonal(1.0, 2.0, 3.0), ONES)
+    torch.testing.assert_close(solution.value["w"], series, rtol=1e-14, atol=0.0)
+    assert solution.num_steps == num_terms
+
+
+@pytest.mark.parametrize("solver", [CG(5), Neumann(5), Identity()], ids=list(SOLVERS))
+def test_a_zero_right_hand_side_takes_no_product(solver):
+    def forbidden(v):
+        raise AssertionError("a product was taken")
+
+    solution = solver.solve(forbidden, {"w": torch.zeros(3)})
+    assert solution.status is Status.ZERO_RHS
+    assert solution.num_steps == 0
+
+
+def test_a_start_worse_than_zero_is_dropped():
+    bad = {"w": torch.full((3,), 1e6)}
+    cold = CG(2, 0.0).solve(diagonal(1.0, 2.0, 3.0), ONES)
+    warm = CG(2, 0.0).solve(diagonal(1.0, 2.0, 3.0), ONES, start=bad)
+    assert torch.equal(cold.value["w"], warm.value["w"])
+
+
+def test_every_status_explains_itself():
+    assert all(status.help.endswith(".") and len(status.help) > 30 for status in Status)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda: CG(0), lambda: CG(5, 1.5), lambda: Neumann(5, -1.0), lambda: Identity(math.nan)],
+)
+def test_impossible_settings_are_refused(build):
+    with pytest.raises(ValueError, match=r"expected a"):
+        build()
