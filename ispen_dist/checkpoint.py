@@ -11,11 +11,10 @@ disagrees with its manifest (see `ispen_dist.manifest`). Nothing is pickled: loa
 from the files. One process saves at a time.
 """
 
-import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from ispen_dist.manifest import (
     STATE,
     TREE_NAME,
     CheckpointError,
+    check_json,
     damaged,
     json_bytes,
     parse_json,
@@ -42,6 +42,17 @@ from ispen_dist.manifest import (
     verified_files,
     write_file,
 )
+from ispen_dist.optimizer_state import load_optimizer_tree, optimizer_tree
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "find_checkpoint",
+    "load_checkpoint",
+    "load_optimizer_tree",
+    "optimizer_tree",
+    "save_checkpoint",
+]
 
 _SAVING, _DELETING, _REPLACED = ".saving_", ".deleting_", ".replaced"
 
@@ -119,27 +130,7 @@ def _check_arguments(
                 f"tree {name!r}: expected a name of letters, digits, '_', '-' and '.', because it "
                 "becomes a file name; rename it"
             )
-    _check_json(dict(state), "state")
-
-
-def _check_json(value: object, where: str) -> None:
-    """Raise unless JSON gives the value back as it is, but for tuples."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where}: expected a finite number, got {value}; leave it out or use None")
-    if value is None or isinstance(value, bool | int | float | str):
-        return
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise ValueError(f"{where}: expected string keys, got {key!r}; convert it")
-            _check_json(item, f"{where}.{key}")
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            _check_json(item, f"{where}[{i}]")
-    else:
-        raise ValueError(
-            f"{where}: expected a JSON value, got {type(value).__name__}; put tensors into trees"
-        )
+    check_json(dict(state), "state")
 
 
 def _write_folder(
@@ -211,14 +202,15 @@ def _delete_old(folder: Path, step: int, keep: int) -> None:
             "an automatic resume would take; delete them if this attempt replaces that one",
             stacklevel=3,
         )
-    num_kept = 0
+    kept: set[int] = set()
     for path in _candidates(folder):
-        if _step_of(path) > step:
+        number = _step_of(path)
+        if number > step:
             continue
-        if num_kept >= keep or (path.name.endswith(_REPLACED) and _step_of(path) == step):
+        if len(kept) >= keep or number in kept:
             _try_delete(path)
         elif _looks_complete(path):
-            num_kept += 1
+            kept.add(number)
 
 
 def _looks_complete(path: Path) -> bool:
@@ -310,83 +302,3 @@ def _parse_tree(file: Path, data: bytes, keys: list[str]) -> dict[str, Tensor]:
     if sorted(tree) != sorted(keys):
         raise damaged(file, f"tensors {sorted(keys)}", str(sorted(tree)))
     return {key: tree[key] for key in keys}
-
-
-# -- optimizers --------------------------------------------------------------------------------
-
-
-def optimizer_tree(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return an optimizer's state as a tree with keys `SLOT/NAME`, such as `exp_avg/weight`.
-
-    Learning rates and other settings are not part of it: they come from the configuration and
-    the step. Before the first step the tree is empty.
-
-    Args:
-        optimizer: one whose state is tensors, such as AdamW (step, exp_avg, exp_avg_sq).
-        names: of its parameters, in its order.
-    """
-    tree = {}
-    for name, parameter in _named_parameters(optimizer, names):
-        for slot, value in optimizer.state.get(parameter, {}).items():
-            if not isinstance(value, Tensor):
-                raise ValueError(
-                    f"optimizer state {slot} of {name}: expected a tensor, got "
-                    f"{type(value).__name__}; use an optimizer with tensor state, such as AdamW"
-                )
-            tree[f"{slot}/{name}"] = value
-    return tree
-
-
-def load_optimizer_tree(
-    optimizer: torch.optim.Optimizer, names: Sequence[str], tree: Mapping[str, Tensor]
-) -> None:
-    """Put the state from `optimizer_tree` into an optimizer over the same parameters.
-
-    The optimizer gets copies, so that its steps leave the tree as it is.
-
-    Raises:
-        ValueError: if the tree does not fit the parameters; the optimizer is then unchanged.
-    """
-    parameters = dict(_named_parameters(optimizer, names))
-    numbers = {name: i for i, name in enumerate(parameters)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tree.items():
-        slot, _, name = key.partition("/")
-        if name not in parameters:
-            raise ValueError(
-                f"optimizer state {key}: expected a parameter among {', '.join(parameters)}; the "
-                "network differs from the one that was saved, resume with its configuration"
-            )
-        _check_slot(key, slot, value, parameters[name])
-        state.setdefault(numbers[name], {})[slot] = value.clone()
-    if len({frozenset(slots) for slots in state.values()}) > 1:
-        raise ValueError(
-            "optimizer state: expected the same slots for every parameter, got "
-            f"{sorted(tree)}; resume from another checkpoint"
-        )
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
-
-
-def _check_slot(key: str, slot: str, value: Tensor, parameter: Tensor) -> None:
-    """Refuse what `load_state_dict` would convert or broadcast without a word."""
-    fits = slot == "step" or (value.shape == parameter.shape and value.dtype == parameter.dtype)
-    if not fits:
-        raise ValueError(
-            f"optimizer state {key}: expected {parameter.dtype} {tuple(parameter.shape)} like the "
-            f"parameter, got {value.dtype} {tuple(value.shape)}; resume with the configuration "
-            "that was saved"
-        )
-
-
-def _named_parameters(
-    optimizer: torch.optim.Optimizer, names: Sequence[str]
-) -> Iterator[tuple[str, Tensor]]:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if len(set(names)) != len(parameters) or len(names) != len(parameters):
-        raise ValueError(
-            f"names: expected {len(parameters)} different ones, one per parameter of the "
-            f"optimizer, got {len(names)}; give them in the optimizer's order"
-        )
-    return zip(names, parameters, strict=True)

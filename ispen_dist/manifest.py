@@ -10,6 +10,7 @@ layout takes a new version number.
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -32,6 +33,28 @@ class CheckpointError(ValueError):
 def tree_file(name: str) -> str:
     """Return the file name of a tree."""
     return f"{name}.safetensors"
+
+
+def check_json(value: object, where: str) -> None:
+    """Raise unless JSON gives the value back as it is, but for tuples."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(
+            f"{where}: expected a finite number, got {value}; leave it out or use None"
+        )
+    if value is None or isinstance(value, bool | int | float | str):
+        return
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{where}: expected string keys, got {key!r}; convert it")
+            check_json(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            check_json(item, f"{where}[{i}]")
+    else:
+        raise ValueError(
+            f"{where}: expected a JSON value, got {type(value).__name__}; put tensors into trees"
+        )
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:

@@ -1,8 +1,9 @@
 """Tokens as hashed features: a fixed number of small integers per token, with no vocabulary.
 
-Each token is described by F strings (its spelling, affixes, shape and kind), and each string is
-hashed into one of `num_buckets` rows of an embedding table. CRC-32 is the hash because it is the
-same in every process and on every machine, which Python's `hash` is not.
+Each token is described by F strings (its spelling, affixes, shape and kind, and the spelling of
+its neighbours), and each string is hashed into one of `num_buckets` rows of an embedding table.
+CRC-32 is the hash because it is the same in every process and on every machine, which Python's
+`hash` is not.
 """
 
 import re
@@ -33,6 +34,8 @@ _KINDS = (
 _PLACEHOLDER = {"url": "<url>", "mention": "<mention>"}
 _SHAPES = ((str.isupper, "X"), (str.isalpha, "x"), (str.isdigit, "0"))
 _NUM_WHOLE_TOKEN = 8
+_NEIGHBOURS = (("previous", -1), ("next", 1))
+_EDGE = "<edge>"
 
 
 def kind(token: str) -> str:
@@ -48,6 +51,11 @@ def shape(token: str) -> str:
 def collapsed(text: str) -> str:
     """Return the text with every run of one character cut to a single one."""
     return "".join(character for character, _ in groupby(text))
+
+
+def normalised(token: str) -> str:
+    """Return the token in lower case, digits as 0, URLs and mentions as placeholders."""
+    return _PLACEHOLDER.get(kind(token), re.sub(r"\d", "0", token.lower()))
 
 
 def _case(token: str) -> str:
@@ -96,18 +104,21 @@ class HashedTokenFeatures:
     @property
     def num_features(self) -> int:
         """F, the number of ids per token."""
-        return _NUM_WHOLE_TOKEN + 2 * self.max_affix
+        return _NUM_WHOLE_TOKEN + 2 * self.max_affix + len(_NEIGHBOURS)
 
     def ids(self, tokens: Sequence[str]) -> np.ndarray:
         """Return the feature ids of a sequence of tokens: (T, F) int64, 0 for absent."""
-        rows = [_token_ids(self, token) for token in tokens]
+        edged = [None, *tokens, None]
+        rows = [
+            _token_ids(self, token)
+            + tuple(_neighbour_id(self, side, edged[1 + t + step]) for side, step in _NEIGHBOURS)
+            for t, token in enumerate(tokens)
+        ]
         return np.array(rows, dtype=np.int64).reshape(len(rows), self.num_features)
 
     def strings(self, token: str) -> Iterator[str | None]:
-        """Yield the F feature strings of a token, None where one is absent."""
-        what = kind(token)
-        lower = _PLACEHOLDER.get(what, re.sub(r"\d", "0", token.lower()))
-        drawn = shape(token)
+        """Yield the feature strings of a token itself, None where one is absent."""
+        what, lower, drawn = kind(token), normalised(token), shape(token)
         yield f"word={_PLACEHOLDER.get(what, token)}"
         yield f"lower={lower}"
         yield f"collapsed={collapsed(lower)}"
@@ -131,3 +142,9 @@ class HashedTokenFeatures:
 @lru_cache(maxsize=1 << 17)
 def _token_ids(features: HashedTokenFeatures, token: str) -> tuple[int, ...]:
     return tuple(features.bucket(feature) for feature in features.strings(token))
+
+
+@lru_cache(maxsize=1 << 17)
+def _neighbour_id(features: HashedTokenFeatures, side: str, token: str | None) -> int:
+    spelling = _EDGE if token is None else normalised(token)
+    return features.bucket(f"{side}={spelling}")

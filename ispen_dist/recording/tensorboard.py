@@ -1,0 +1,124 @@
+"""TensorBoard events of a run: scalars, texts, pictures and, at the end, its settings."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from ispen_dist.recording import figures
+
+
+class TensorBoardRecorder:
+    """Writes one event file into a folder; a resumed run adds another beside it.
+
+    Args:
+        folder: of the event files; made if missing.
+        purge_step: first step that is written again after a resume. TensorBoard then hides what
+            the earlier files hold from this step on.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def scalars(self, values: Mapping[str, float | None], step: int) -> None:
+        """Add numbers by tag; those that are None are left out."""
+        for tag, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(tag, value, step)
+
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """Add a text, shown as Markdown."""
+        self._writer.add_text(tag, text, step)
+
+    def heat_map(
+        self,
+        tag: str,
+        matrix: ArrayLike,
+        row_labels: Sequence[str],
+        column_labels: Sequence[str],
+        step: int,
+        *,
+        row_name: str = "",
+        column_name: str = "",
+        value_name: str = "",
+    ) -> None:
+        """Add a picture of a matrix, (R, C); see `figures.heat_map`."""
+        self._picture(
+            tag,
+            figures.heat_map(
+                matrix,
+                row_labels,
+                column_labels,
+                f"{tag}, step {step}",
+                row_name=row_name,
+                column_name=column_name,
+                value_name=value_name,
+            ),
+            step,
+        )
+
+    def curves(
+        self,
+        tag: str,
+        series: Mapping[str, Sequence[tuple[int, float]]],
+        step: int,
+        *,
+        step_name: str = "round",
+        value_name: str = "",
+        mark: Mapping[int, str] | None = None,
+    ) -> None:
+        """Add a picture of figures over steps; see `figures.curves`."""
+        figure = figures.curves(series, tag, step_name=step_name, value_name=value_name, mark=mark)
+        self._picture(tag, figure, step)
+
+    def _picture(self, tag: str, figure: Figure, step: int) -> None:
+        # Not add_figure: it goes through pyplot, which keeps figures and may look for a display.
+        self._writer.add_image(tag, figures.pixels(figure), step, dataformats="HWC")
+        figure.clear()
+
+    def hparams(
+        self, settings: Mapping[str, object], results: Mapping[str, float], step: int
+    ) -> None:
+        """Add the settings of the run with its results, for TensorBoard's table of runs.
+
+        Call it once, at the end.
+
+        Args:
+            settings: nested; shown by dotted name.
+            results: final metrics by tag, added as scalars as well.
+            step: the last one.
+        """
+        # SummaryWriter.add_hparams would open a second run in a folder of its own.
+        for summary in hparams(dict(_flat(settings)), dict(results)):
+            self._writer._get_file_writer().add_summary(summary)
+        self.scalars(results, step)
+
+    def close(self) -> None:
+        """Write everything out."""
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _flat(settings: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield settings by dotted name, as the numbers, booleans and strings TensorBoard takes."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            plain = isinstance(value, bool | int | float | str)
+            yield f"{prefix}{name}", value if plain else str(value)

@@ -1,0 +1,488 @@
+"""Checkpoints: bit for bit, and intact or not there at all."""
+
+import errno
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ispen_dist import checkpoint as checkpoint_module
+from ispen_dist import manifest as manifest_module
+from ispen_dist.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    load_checkpoint,
+    load_optimizer_tree,
+    optimizer_tree,
+    save_checkpoint,
+)
+
+STATE = {"round": 3, "damping": 0.1 + 0.2, "best": {"f1": 1e-320}, "list": [None, True, "x"]}
+
+
+def small_trees(value: float = 1.0) -> dict[str, dict[str, Tensor]]:
+    return {"theta": {"w": torch.full((3,), value)}, "none": {}}
+
+
+def save(folder: Path, step: int, keep: int = 9) -> Path:
+    return save_checkpoint(folder, step, small_trees(step), {"round": step}, keep)
+
+
+def steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and (not a.numel() or bits(a) == bits(b))
+
+
+# -- round trip --------------------------------------------------------------------------------
+
+
+def test_round_trip_is_exact_in_every_type_and_shape(tmp_path: Path) -> None:
+    special = [0.0, -0.0, float("nan"), float("inf"), 1e-42, 1 / 3]
+    tree = {
+        "z_float32": torch.tensor(special),
+        "float64": torch.tensor([*special, 5e-324], dtype=torch.float64),
+        "bfloat16": torch.randn(3, 5).bfloat16(),
+        "float16": torch.randn(7).half(),
+        "int64": torch.tensor([[-(2**63), 2**63 - 1]]),
+        "bool": torch.tensor([True, False, True]),
+        "empty": torch.empty(0, 4, dtype=torch.float64),
+        "zero_dim": torch.tensor(2.5),
+        "zero_dim_bool": torch.tensor(True),
+        "parameter": nn.Parameter(torch.randn(2, 3)),
+    }
+    path = save_checkpoint(tmp_path, 120, {"all": tree, "nothing": {}}, STATE, keep=1)
+    loaded = load_checkpoint(path)
+    assert path.name == "step_00000120"
+    assert loaded.step == 120
+    assert loaded.state == STATE
+    assert loaded.trees["nothing"] == {}
+    assert list(loaded.trees["all"]) == list(tree), "arithmetic on trees relies on the order"
+    assert all(same(tree[key], loaded.trees["all"][key]) for key in tree)
+
+
+def test_tied_and_strided_tensors_keep_their_values(tmp_path: Path) -> None:
+    base = torch.arange(24.0).reshape(4, 6)
+    tree = {
+        "a": base,
+        "tied": base,
+        "transposed": base.t(),
+        "column": base[:, 2],
+        "expanded": torch.ones(1, 3).expand(5, 3),
+        "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    }
+    loaded = load_checkpoint(save_checkpoint(tmp_path, 1, {"t": tree}, {}, keep=1)).trees["t"]
+    assert all(same(tree[key], loaded[key]) for key in tree)
+    loaded["a"].zero_()
+    assert same(loaded["tied"], base)
+
+
+def test_loaded_tensors_do_not_depend_on_the_files(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    loaded = load_checkpoint(path)
+    for file in path.iterdir():
+        file.write_bytes(bytes(file.stat().st_size))
+    shutil.rmtree(path)
+    assert loaded.trees["theta"]["w"].tolist() == [5.0] * 3
+
+
+def test_the_same_contents_give_the_same_files(tmp_path: Path) -> None:
+    first, second = save(tmp_path / "a", 4), save(tmp_path / "b", 4)
+    for file in first.iterdir():
+        assert file.read_bytes() == (second / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"a": [1.0, float("nan")]}, "state.a[1]: expected a finite number, got nan"),
+        ({"a": float("inf")}, "state.a: expected a finite number, got inf"),
+        ({"a": {3: 1}}, "state.a: expected string keys, got 3"),
+        ({"a": torch.ones(1)}, "state.a: expected a JSON value, got Tensor"),
+    ],
+)
+def test_state_that_json_would_change_is_refused(tmp_path: Path, state: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=".*") as caught:
+        save_checkpoint(tmp_path, 1, {}, state, keep=1)
+    assert words in str(caught.value)
+    assert steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["../theta", "", ".hidden", "a/b"])
+def test_a_tree_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="rename it"):
+        save_checkpoint(tmp_path / "c", 1, {name: {}}, {}, keep=1)
+    assert steps(tmp_path) == []
+
+
+# -- damage ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["theta.safetensors", "none.safetensors", "state.json"])
+def test_every_flipped_byte_is_found(tmp_path: Path, name: str) -> None:
+    file = save(tmp_path, 1) / name
+    good = file.read_bytes()
+    for i in range(len(good)):
+        file.write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :])
+        with pytest.raises(CheckpointError, match="SHA-256") as caught:
+            load_checkpoint(file.parent)
+        assert str(file) in str(caught.value)
+
+
+def test_a_flipped_byte_in_the_manifest_never_changes_what_is_loaded(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    good, num_found = (path / "manifest.json").read_bytes(), 0
+    for i in range(len(good)):
+        (path / "manifest.json").write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :])
+        try:
+            loaded = load_checkpoint(path)
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            num_found += 1
+        else:
+            assert loaded.step == 1
+            assert loaded.state == {"round": 1}
+            assert same(loaded.trees["theta"]["w"], torch.ones(3))
+    assert num_found > 0.7 * len(good), "only flips between kinds of white space may pass"
+
+
+def test_a_cut_file_and_a_missing_file_are_named(tmp_path: Path) -> None:
+    file = save(tmp_path, 1) / "theta.safetensors"
+    size = file.stat().st_size
+    os.truncate(file, size - 1)
+    with pytest.raises(CheckpointError, match=f"theta.safetensors: expected {size} bytes, got"):
+        load_checkpoint(file.parent)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"theta.safetensors: expected a readable file"):
+        load_checkpoint(file.parent)
+
+
+def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest.json: expected a readable file, got No"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": 7}, "expected format version 1, got 7; load it with the release"),
+        ({"version": None}, "expected format version 1, got None"),
+        ({"format": "other"}, "expected format 'ispen-dist checkpoint', got 'other'"),
+        ({"step": 2}, "expected step 1 as in the folder's name, got step 2"),
+        ({"step": "1"}, "expected a step, files and trees"),
+        ({"files": []}, "expected a step, files and trees"),
+        ({"files": {}}, "expected files ['none.safetensors', 'state.json', 'theta."),
+        ({"trees": {"../x": []}}, "expected files"),
+        ({"trees": {"theta": ["w", "v"], "none": []}}, "expected tensors ['v', 'w'], got ['w']"),
+        ({"trees": {"theta": 3, "none": []}}, "expected a list of keys of theta, got 3"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(tmp_path: Path, change: dict, words: str) -> None:
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path)
+    assert words in str(caught.value)
+
+
+# -- finding -----------------------------------------------------------------------------------
+
+
+def test_the_newest_intact_one_is_found_and_the_damaged_named(tmp_path: Path) -> None:
+    paths = [save(tmp_path, step) for step in (80, 100, 120, 140)]
+    (paths[3] / "manifest.json").unlink()
+    file = paths[2] / "theta.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.warns(UserWarning, match="skipping a damaged checkpoint") as caught:
+        assert find_checkpoint(tmp_path) == paths[1]
+    assert "step_00000140/manifest.json" in str(caught[0].message)
+    assert "step_00000120/theta.safetensors" in str(caught[1].message)
+
+
+def test_the_step_number_decides_and_not_links_or_times(tmp_path: Path) -> None:
+    older, newest = save(tmp_path, 99_999_999), save(tmp_path, 100_000_000)
+    os.utime(newest, (0, 0))
+    (tmp_path / "latest").symlink_to(older, target_is_directory=True)
+    (tmp_path / "step_00000000200000000").symlink_to(older, target_is_directory=True)
+    (tmp_path / "step_banana").mkdir()
+    (tmp_path / "step_00000300").write_text("a file")
+    assert find_checkpoint(tmp_path) == newest
+
+
+def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path / "missing") is None
+    assert find_checkpoint(tmp_path) is None
+
+
+# -- pruning -----------------------------------------------------------------------------------
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step, keep=2)
+    assert steps(tmp_path) == ["step_00000030", "step_00000040"]
+    save(tmp_path, 50, keep=1)
+    assert steps(tmp_path) == ["step_00000050"]
+
+
+def test_keep_zero_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep: expected 1 or more"):
+        save(tmp_path, 1, keep=0)
+
+
+def test_a_cut_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    os.truncate(save(tmp_path, 20) / "theta.safetensors", 3)
+    save(tmp_path, 30, keep=2)
+    assert steps(tmp_path) == ["step_00000010", "step_00000020", "step_00000030"]
+
+
+def test_later_checkpoints_of_an_earlier_attempt_are_reported_and_left(tmp_path: Path) -> None:
+    save(tmp_path, 100)
+    save(tmp_path, 200)
+    with pytest.warns(UserWarning, match="earlier attempt left step_00000200"):
+        save(tmp_path, 110, keep=1)
+    assert steps(tmp_path) == ["step_00000110", "step_00000200"]
+
+
+def test_the_same_step_is_replaced(tmp_path: Path) -> None:
+    save(tmp_path, 7)
+    save_checkpoint(tmp_path, 7, small_trees(-1.0), {}, keep=2)
+    assert steps(tmp_path) == ["step_00000007"]
+    found = find_checkpoint(tmp_path)
+    assert found is not None
+    assert load_checkpoint(found).trees["theta"]["w"].tolist() == [-1.0] * 3
+
+
+def test_the_remains_of_killed_saves_are_removed(tmp_path: Path) -> None:
+    for name in (".saving_step_00000010", ".deleting_step_00000005"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "theta.safetensors").write_text("half")
+    save(tmp_path, 20)
+    assert steps(tmp_path) == ["step_00000020"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "no", str(path))
+
+    monkeypatch.setattr(checkpoint_module, "_delete_folder", refuse)
+    with pytest.warns(UserWarning, match="old checkpoint not deleted"):
+        path = save(tmp_path, 2, keep=1)
+    assert find_checkpoint(tmp_path) == path
+
+
+# -- disks that fill and processes that die ----------------------------------------------------
+
+
+@pytest.mark.parametrize("num_files_that_fit", [0, 1, 2, 3])
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_full_disk_leaves_the_old_checkpoints_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_files_that_fit: int, step: int
+) -> None:
+    save(tmp_path, 10)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()}
+    synced = []
+
+    def full(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) > num_files_that_fit:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(manifest_module.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        save(tmp_path, step, keep=1)
+    assert "older checkpoints are as they were" in caught.value.__notes__[0]
+    assert steps(tmp_path) == ["step_00000010"]
+    assert all(file.read_bytes() == data for file, data in before.items())
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_rename_that_fails_leaves_the_old_checkpoints_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    old = save(tmp_path, 10)
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if source.name.startswith(".saving"):
+            raise OSError(errno.EIO, "broken disk")
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint_module.os, "rename", refuse)
+    with pytest.raises(OSError, match="broken disk"):
+        save(tmp_path, step, keep=1)
+    assert steps(tmp_path) == ["step_00000010"]
+    assert find_checkpoint(tmp_path) == old
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing after it has any effect."""
+
+
+class Mortal:
+    """Lets `num_calls` operations on the disk through and then none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, num_calls: int) -> None:
+        self.left = num_calls
+        for name in ("rename", "fsync", "open"):
+            monkeypatch.setattr(os, name, self.limited(getattr(os, name)))
+        monkeypatch.setattr(shutil, "rmtree", self.remove)
+
+    def spend(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+
+    def limited(self, call):
+        def limited_call(*args):
+            self.spend()
+            return call(*args)
+
+        return limited_call
+
+    def remove(self, path: Path, ignore_errors: bool = False) -> None:
+        self.spend()
+        for file in sorted(path.iterdir()):
+            file.unlink()
+            self.spend()
+        path.rmdir()
+
+
+@pytest.mark.parametrize("step", [20, 30], ids=["same step", "new step"])
+def test_a_kill_at_any_moment_leaves_an_intact_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    save(tmp_path / "before", 10)
+    save(tmp_path / "before", 20)
+    finished, num_calls, outcomes = False, 0, set()
+    while not finished:
+        folder = tmp_path / str(num_calls)
+        shutil.copytree(tmp_path / "before", folder)
+        with monkeypatch.context() as patch:
+            Mortal(patch, num_calls)
+            try:
+                save_checkpoint(folder, step, small_trees(-1.0), {}, keep=1)
+                finished = True
+            except Killed:
+                pass
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = find_checkpoint(folder)
+        assert found is not None
+        value = load_checkpoint(found).trees["theta"]["w"][0].item()
+        assert value in (20.0, -1.0)
+        outcomes.add(value)
+
+        save(folder, 40, keep=1)
+        assert steps(folder) == ["step_00000040"], "the next save clears the remains"
+        num_calls += 1
+    assert outcomes == {20.0, -1.0}
+    assert num_calls > 10
+
+
+# -- optimizers --------------------------------------------------------------------------------
+
+
+def network_and_optimizer(fused: bool, dtype: torch.dtype, amsgrad: bool = False):
+    torch.manual_seed(0)
+    network = nn.Linear(3, 2, dtype=dtype)
+    network.register_parameter("idle", nn.Parameter(torch.zeros(2, dtype=dtype)))
+    groups = [{"params": [network.weight]}, {"params": [network.bias, network.idle], "lr": 0.01}]
+    adamw = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.1, fused=fused, amsgrad=amsgrad)
+    return network, adamw, ["weight", "bias", "idle"]
+
+
+def train(network: nn.Module, adamw: torch.optim.Optimizer, first: int, last: int) -> None:
+    for i in range(first, last):
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(4, 3, generator=generator, dtype=network.weight.dtype)
+        adamw.zero_grad()
+        network(x).pow(3).sum().backward()
+        adamw.step()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_optimizer_resumes_bit_for_bit(tmp_path: Path, fused: bool, dtype: torch.dtype) -> None:
+    network, adamw, names = network_and_optimizer(fused, dtype, amsgrad=True)
+    train(network, adamw, 0, 3)
+    trees = {"net": dict(network.state_dict()), "adamw": optimizer_tree(adamw, names)}
+    path = save_checkpoint(tmp_path, 3, trees, {}, keep=1)
+    train(network, adamw, 3, 6)
+
+    resumed, adamw_2, _ = network_and_optimizer(fused, dtype, amsgrad=True)
+    loaded = load_checkpoint(path).trees
+    resumed.load_state_dict(loaded["net"])
+    load_optimizer_tree(adamw_2, names, loaded["adamw"])
+    kept = {key: value.clone() for key, value in loaded["adamw"].items()}
+    train(resumed, adamw_2, 3, 6)
+    assert adamw_2.param_groups[1]["lr"] == 0.01
+    assert all(same(a, b) for a, b in zip(network.parameters(), resumed.parameters(), strict=True))
+    after, after_2 = optimizer_tree(adamw, names), optimizer_tree(adamw_2, names)
+    assert list(after) == list(after_2)
+    assert "exp_avg_sq/weight" in after
+    assert not any(key.endswith("idle") for key in after)
+    assert all(same(after[key], after_2[key]) for key in after)
+    assert all(same(kept[key], loaded["adamw"][key]) for key in kept), "the tree is not aliased"
+
+
+def test_an_empty_tree_resets_an_optimizer() -> None:
+    network, adamw, names = network_and_optimizer(False, torch.float32)
+    assert optimizer_tree(adamw, names) == {}
+    train(network, adamw, 0, 1)
+    load_optimizer_tree(adamw, names, {})
+    assert optimizer_tree(adamw, names) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"exp_avg/other": torch.zeros(1)}, "expected a parameter among weight, bias, idle"),
+        ({"exp_avg/bias": torch.zeros(3)}, r"\(2,\) like the parameter, got torch.float32 \(3,\)"),
+        ({"exp_avg/bias": torch.zeros(2).double()}, "got torch.float64"),
+        ({"exp_avg/idle": torch.zeros(2)}, "expected the same slots for every parameter"),
+    ],
+)
+def test_an_optimizer_tree_that_does_not_fit_is_refused(change: dict, words: str) -> None:
+    network, adamw, names = network_and_optimizer(False, torch.float32)
+    train(network, adamw, 0, 2)
+    tree = optimizer_tree(adamw, names)
+    with pytest.raises(ValueError, match=words):
+        load_optimizer_tree(adamw, names, {**tree, **change})
+    assert all(same(tree[k], v) for k, v in optimizer_tree(adamw, names).items())
+
+
+def test_names_must_match_the_parameters() -> None:
+    _, adamw, names = network_and_optimizer(False, torch.float32)
+    for wrong in (names[:2], [*names[:2], "weight"]):
+        with pytest.raises(ValueError, match="names: expected 3 different ones"):
+            optimizer_tree(adamw, wrong)
+
+
+def test_optimizer_state_that_is_no_tensor_is_refused() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    sgd = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    sgd.state[parameter]["momentum_buffer"] = None
+    with pytest.raises(ValueError, match="momentum_buffer of w: expected a tensor, got NoneType"):
+        optimizer_tree(sgd, ["w"])

@@ -1,0 +1,161 @@
+"""Signs and gradient paths of every objective, and of the energies."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from ispen_dist import objectives
+from ispen_dist.models.output_spaces import LabelSets, TagSequences
+from ispen_dist.objectives import OUTER_OBJECTIVES
+from ispen_dist.players import build_players
+import problems
+
+torch.set_default_dtype(torch.float64)
+Y = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.3, 0.2, -0.7]])
+
+
+def view(energy=lambda y: -y.sum(-1), logits=LOGITS, **settings):
+    return objectives.View(
+        space=LabelSets(),
+        inputs={},
+        y=Y,
+        weight=torch.ones(2),
+        logits=logits,
+        energy=energy,
+        generator=torch.Generator().manual_seed(0),
+        num_samples=4,
+        **settings,
+    )
+
+
+def test_ssvm_is_the_margin_rescaled_hinge():
+    energy = lambda y: (y * torch.tensor([0.1, 0.2, -0.4])).sum(-1)  # noqa: E731
+    ybar = torch.sigmoid(LOGITS)
+    cost = 1 - 2 * (ybar * Y).sum(-1) / (ybar.sum(-1) + Y.sum(-1))
+    expected = torch.relu(2.0 * cost - energy(ybar) + energy(Y))
+    torch.testing.assert_close(objectives.ssvm(view(energy, margin_scale=2.0)), expected)
+
+
+def test_dvn_compares_the_true_score_with_the_one_read_from_the_energy():
+    ybar = torch.sigmoid(LOGITS)
+    score = 2 * (ybar * Y).sum(-1) / (ybar.sum(-1) + Y.sum(-1))
+    predicted = torch.sigmoid(ybar.sum(-1))
+    expected = -(score * predicted.log() + (1 - score) * (1 - predicted).log())
+    torch.testing.assert_close(objectives.dvn(view()), expected)
+
+
+def test_nce_and_cd_put_the_gold_first():
+    for name in ("nce", "cd"):
+        gold_is_low = lambda y: 50.0 * (y - Y).abs().sum(-1)  # noqa: E731
+        gold_is_high = lambda y: -50.0 * (y - Y).abs().sum(-1)  # noqa: E731
+        loss = OUTER_OBJECTIVES[name].loss
+        structures = view().samples()
+        differs = ((structures[1:] - Y).abs().sum(-1) > 0).any(0)
+        assert differs.all()
+        assert (loss(view(gold_is_low)) < math.log(5) + 1e-9).all()
+        assert (loss(view(gold_is_high)) > 40.0).all()
+
+
+def test_nce_adds_the_negative_log_noise_to_each_logit():
+    v = view()
+    structures = v.samples()
+    p = torch.sigmoid(LOGITS)
+    log_noise = (structures * p.log() + (1 - structures) * (1 - p).log()).sum(-1)
+    logits = structures.sum(-1) - log_noise
+    expected = -torch.log_softmax(logits, 0)[0]
+    torch.testing.assert_close(objectives.nce(view()), expected)
+
+
+@pytest.mark.parametrize("name", OUTER_OBJECTIVES)
+def test_whether_theta_enters_is_what_the_registry_says(name):
+    logits = LOGITS.clone().requires_grad_()
+    total, count = objectives.outer(view(logits=logits), name)
+    assert count == 2
+    assert total.requires_grad == OUTER_OBJECTIVES[name].depends_on_theta
+    total, _ = objectives.outer(view(logits=logits), name, task_weight=1.0)
+    (gradient,) = torch.autograd.grad(total, logits)
+    assert gradient.abs().min() > 0
+
+
+@pytest.mark.parametrize("name", OUTER_OBJECTIVES)
+def test_fillers_count_nothing(name):
+    full = objectives.outer(view(), name, task_weight=0.5)
+    masked = dataclasses.replace(view(), weight=torch.tensor([1.0, 0.0]))
+    total, count = objectives.outer(masked, name, task_weight=0.5)
+    assert count == 1
+    assert 0 < total < full[0]
+
+
+def test_inner_loss_adds_the_weighted_energy():
+    total, count = objectives.inner(view(), 0.3)
+    expected = objectives.mle(view()).sum() - 0.3 * torch.sigmoid(LOGITS).sum()
+    torch.testing.assert_close(total, expected)
+    assert count == 2
+
+
+@pytest.mark.parametrize("task", problems.TASKS)
+def test_outer_training_lowers_the_energy_of_gold_below_corrupted(task):
+    """The sign convention: an energy trained on gold data is lower at gold than at corrupted y."""
+    batch = problems.random_batch(task, 8, 0)
+    config = problems.multilabel_config() if task == "multilabel" else problems.tagging_config(task)
+    codec = problems.multilabel_codec() if task == "multilabel" else problems.tagging_codec()
+    players = build_players(config, codec, problems.CPU)
+    optimizer = torch.optim.Adam(players.energy.parameters(), 0.05)
+    logits = torch.zeros_like(players.inference_net(batch.inputs))
+    for step in range(60):
+        generator = torch.Generator().manual_seed(step)
+        total, count = objectives.outer(
+            players.view(batch, logits, generator=generator), "nce"
+        )
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+    v = players.view(batch, logits, generator=torch.Generator().manual_seed(99))
+    energy = v.energy(v.samples())
+    differs = (v.samples()[1:] - v.y).flatten(2).abs().sum(-1) > 0
+    margin = (energy[1:] - energy[0])[differs]
+    assert margin.mean() > 0.5
+    assert (margin > 0).double().mean() > 0.85
+
+
+def test_cost_is_zero_at_gold_and_one_at_its_opposite():
+    for space, y, inputs in (
+        (LabelSets(), Y, {}),
+        (TagSequences(3), torch.eye(3).unsqueeze(0), {"mask": torch.ones(1, 3) > 0}),
+    ):
+        torch.testing.assert_close(space.cost(y, y), torch.zeros(len(y)))
+        torch.testing.assert_close(space.cost(torch.zeros_like(y), y), torch.ones(len(y)))
+    empty = torch.zeros(1, 3)
+    assert LabelSets().cost(empty, empty) == 0.0
+
+
+def test_samples_follow_the_distribution_and_respect_padding():
+    space, mask = TagSequences(3), torch.tensor([[True, True, False]])
+    logits = torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 9.0, 0.0]]])
+    drawn = space.sample(logits, {"mask": mask}, 4000, torch.Generator().manual_seed(0))
+    assert drawn.shape == (4000, 1, 3, 3)
+    frequency = drawn.mean(0)[0]
+    torch.testing.assert_close(
+        frequency[:2], torch.softmax(logits[0, :2], -1), atol=0.03, rtol=0.0
+    )
+    assert frequency[2].abs().max() == 0.0
+
+
+def test_padding_changes_no_energy_cost_or_likelihood():
+    batch = problems.random_tagging_batch(4)
+    players = build_players(problems.tagging_config(), problems.tagging_codec(), problems.CPU)
+    phi = problems.random_phi(players)
+    longer = dataclasses.replace(
+        batch,
+        inputs={
+            "features": torch.cat([batch.inputs["features"], torch.zeros(4, 3, 3).long()], 1),
+            "mask": torch.cat([batch.inputs["mask"], torch.zeros(4, 3) > 0], 1),
+        },
+        target=torch.cat([batch.target, torch.zeros(4, 3).long()], 1),
+    )
+    for loss in (objectives.mle, objectives.task, objectives.ssvm, lambda v: objectives.inner_terms(v)[1]):
+        values = [loss(players.view(b, players.inference_net(b.inputs), phi)) for b in (batch, longer)]
+        torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=1e-12)

@@ -1,0 +1,77 @@
+"""The direction of imports, and where distribution may be named."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ispen_dist"
+LAYERS = [
+    ["config"],
+    ["data", "command_line"],
+    ["models"],
+    ["objectives"],
+    ["linalg"],
+    ["implicit"],
+    ["players", "optim", "seeding", "metrics", "manifest", "optimizer_state", "checkpoint"],
+    ["evaluate", "inner", "outer"],
+    ["plan", "predictor", "distributed"],
+    ["recording"],
+    ["trainer"],
+]
+DISTRIBUTED_WORDS = {"accelerate", "deepspeed", "torch.distributed"}
+
+
+def modules():
+    return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def unit_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_names(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+LEVEL = {unit: level for level, layer in enumerate(LAYERS) for unit in layer}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    unit = unit_of(path)
+    assert unit in LEVEL, f"{unit}: name its layer in {Path(__file__).name}"
+    for name in imported_names(path):
+        parts = name.split(".")
+        if parts[0] == "ispen_dist" and len(parts) > 1 and parts[1] in LEVEL and parts[1] != unit:
+            assert LEVEL[parts[1]] <= LEVEL[unit], f"{path.name} imports {name} from above"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_distribution_lives_in_one_folder(path):
+    if unit_of(path) == "distributed":
+        return
+    for name in imported_names(path):
+        assert not any(
+            name == word or name.startswith(word + ".") for word in DISTRIBUTED_WORDS
+        ), f"{path.name} imports {name}; only ispen_dist/distributed may"
+
+
+def test_linalg_knows_no_models_and_no_collectives():
+    for path in (PACKAGE / "linalg").glob("*.py"):
+        ours = {n for n in imported_names(path) if n.startswith("ispen_dist")}
+        assert all(n.startswith("ispen_dist.linalg") for n in ours), path.name
+
+
+def test_the_import_name_kernels_is_not_ours():
+    """transformers probes a package of that name; see fact 8 of the design."""
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or ROOT not in Path(str(spec.origin)).parents
