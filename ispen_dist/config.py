@@ -107,6 +107,8 @@ class NetworkConfig:
     """Width of hidden layers; per direction in a BiLSTM."""
     num_layers: int = 1
     """Hidden layers, LSTM layers or transformer blocks."""
+    activation: Literal["relu", "gelu", "softplus", "tanh"] = "relu"
+    """Hidden activation; mlp only."""
     num_heads: int = 4
     """Attention heads; transformer only."""
     embedding_size: int = 64
@@ -237,6 +239,9 @@ class OuterConfig:
     """Scale of the cost inside ssvm and cd."""
     num_samples: int = 16
     """Samples per example in cd and nce."""
+    dropout: bool = True
+    """Evaluate the outer loss under the dropout masks of training, frozen during the solve. On
+    training data the network without dropout is close to perfect and its cost says little."""
     held_out_fraction: float = 0.0
     """Share of train kept from the inner problem for the outer loss; 0 uses the training data."""
 

@@ -101,11 +101,11 @@ def inner_loss_at(players: Players, batch: Batch) -> ComposedLoss:
 
 
 def outer_loss_at(players: Players, batch: Batch, generator: torch.Generator) -> Loss:
-    """Return L on a batch as a function of (theta, phi), with dropout off as in prediction."""
+    """Return L on a batch as a function of (theta, phi), with dropout if `outer.dropout` says so."""
     config = players.config.outer
 
     def loss(theta: Tree, phi: Tree) -> LossValue:
-        players.inference_net.eval()
+        players.inference_net.train(config.dropout)
         logits = functional_call(players.inference_net, theta, (batch.inputs,))
         view = players.view(batch, logits, phi, generator)
         return objectives.outer(view, config.objective, config.task_weight)
@@ -198,7 +198,8 @@ class OuterStep:
     def _solve(self, inner_batch: Batch, outer_batch: Batch, step: int) -> Hypergradient:
         """Solve, and repeat with larger damping where the configuration says so."""
         config, record = self._config.solver, self.record
-        for _ in range(1 + (config.max_repeats if config.on_failure == "damp" else 0)):
+        num_repeats = config.max_repeats if config.on_failure == "damp" else 0
+        while True:
             solve = hypergradient(
                 inner_loss_at(self.players, inner_batch),
                 self._losses(outer_batch, step),
@@ -217,9 +218,10 @@ class OuterStep:
                 return solve
             if config.on_failure == "stop":
                 raise SolveFailed(f"outer step {step}: {solve.status.value}. {solve.status.help}")
-            if config.on_failure == "damp":
-                record.damping *= config.damping_factor
-        return solve
+            if num_repeats == 0:
+                return solve
+            num_repeats -= 1
+            record.damping *= config.damping_factor
 
     def _update(self, gradient: Tree) -> float:
         """Apply a gradient unless it is not finite, which every rank sees alike."""

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from ispen_dist.checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_checkpoint
+from ispen_dist.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from ispen_dist.command_line import TrainCommand, dump_config, parse_train
-from ispen_dist.config import Config, ConfigError
+from ispen_dist.config import ConfigError
 from ispen_dist.data.errors import DataError
-from ispen_dist.data.loading import Splits, load_splits
+from ispen_dist.data.loading import load_splits
 from ispen_dist.distributed import Session
 from ispen_dist.outer import SolveFailed
 from ispen_dist.plan import describe
 from ispen_dist.recording.console import Console
-from ispen_dist.recording.run_folder import RunFolder, check_same_run
+from ispen_dist.recording.run_folder import RunFolder, check_folder
 from ispen_dist.trainer import NotFinite, Trainer
 
 
@@ -57,23 +57,18 @@ def run(command: TrainCommand, session: Session) -> int:
             print(describe(config, splits, session.num_ranks))
         return 0
     output = command.output or default_output(command, session)
-    checkpoint = choose_checkpoint(command, output)
-    train(config, splits, session, output, checkpoint)
-    return 0
-
-
-def train(
-    config: Config, splits: Splits, session: Session, output: Path, checkpoint: Checkpoint | None
-) -> dict:
-    """Train from the start or from a checkpoint, and return the summary."""
+    check_folder(output, config, may_continue=command.resume != "none")
+    path = choose_checkpoint(command, output)
+    session.barrier()
     with Console(is_main=session.is_main) as console:
         folder = RunFolder(output, config, console, is_main=session.is_main)
         trainer = Trainer(config, splits, session, folder)
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-            console.message(f"resumed from {checkpoint.path} at round {trainer.round}")
+        if path is not None:
+            trainer.restore(load_checkpoint(path))
+            console.message(f"resumed from {path} at round {trainer.round}")
         console.message(describe(config, splits, session.num_ranks))
-        return trainer.run()
+        trainer.run()
+    return 0
 
 
 def default_output(command: TrainCommand, session: Session) -> Path:
@@ -83,18 +78,13 @@ def default_output(command: TrainCommand, session: Session) -> Path:
     return Path("runs") / f"{command.name}-{stamp}"
 
 
-def choose_checkpoint(command: TrainCommand, output: Path) -> Checkpoint | None:
-    """Return the checkpoint to continue from, verified, or None for a fresh start."""
+def choose_checkpoint(command: TrainCommand, output: Path) -> Path | None:
+    """Return the checkpoint to continue from, or None for a fresh start."""
     if command.resume == "none":
         return None
-    if command.resume == "auto":
-        path = find_checkpoint(output / "checkpoints")
-        if path is None:
-            return None
-        check_same_run(output, command.config)
-    else:
-        path = Path(command.resume)
-    return load_checkpoint(path)
+    if command.resume != "auto":
+        return Path(command.resume)
+    return find_checkpoint(output / "checkpoints")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Checkpoints: bit for bit, and intact or not there at all."""
 
+import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -43,6 +45,12 @@ def bits(tensor: Tensor) -> bytes:
 
 def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and (not a.numel() or bits(a) == bits(b))
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
 
 
 # -- round trip --------------------------------------------------------------------------------
@@ -113,9 +121,8 @@ def test_the_same_contents_give_the_same_files(tmp_path: Path) -> None:
     ],
 )
 def test_state_that_json_would_change_is_refused(tmp_path: Path, state: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=".*") as caught:
+    with pytest.raises(ValueError, match=re.escape(words)):
         save_checkpoint(tmp_path, 1, {}, state, keep=1)
-    assert words in str(caught.value)
     assert steps(tmp_path) == []
 
 
@@ -147,8 +154,7 @@ def test_a_flipped_byte_in_the_manifest_never_changes_what_is_loaded(tmp_path: P
         (path / "manifest.json").write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :])
         try:
             loaded = load_checkpoint(path)
-        except CheckpointError as error:
-            assert str(path) in str(error)
+        except CheckpointError:
             num_found += 1
         else:
             assert loaded.step == 1
@@ -194,9 +200,8 @@ def test_a_wrong_manifest_is_refused(tmp_path: Path, change: dict, words: str) -
     path = save(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | change))
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=re.escape(words)):
         load_checkpoint(path)
-    assert words in str(caught.value)
 
 
 # -- finding -----------------------------------------------------------------------------------
@@ -205,10 +210,7 @@ def test_a_wrong_manifest_is_refused(tmp_path: Path, change: dict, words: str) -
 def test_the_newest_intact_one_is_found_and_the_damaged_named(tmp_path: Path) -> None:
     paths = [save(tmp_path, step) for step in (80, 100, 120, 140)]
     (paths[3] / "manifest.json").unlink()
-    file = paths[2] / "theta.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    flip(paths[2] / "theta.safetensors")
     with pytest.warns(UserWarning, match="skipping a damaged checkpoint") as caught:
         assert find_checkpoint(tmp_path) == paths[1]
     assert "step_00000140/manifest.json" in str(caught[0].message)
@@ -223,6 +225,18 @@ def test_the_step_number_decides_and_not_links_or_times(tmp_path: Path) -> None:
     (tmp_path / "step_banana").mkdir()
     (tmp_path / "step_00000300").write_text("a file")
     assert find_checkpoint(tmp_path) == newest
+
+
+def test_links_are_neither_resumed_from_nor_deleted(tmp_path: Path) -> None:
+    elsewhere = save(tmp_path / "other", 5)
+    for step in (5, 40):
+        linked = save(tmp_path / "other", step)
+        (tmp_path / "own" / linked.name).parent.mkdir(exist_ok=True)
+        (tmp_path / "own" / linked.name).symlink_to(linked, target_is_directory=True)
+    newest = save(tmp_path / "own", 20, keep=1)
+    assert find_checkpoint(tmp_path / "own") == newest
+    assert (tmp_path / "own" / elsewhere.name).is_symlink()
+    assert load_checkpoint(elsewhere).step == 5
 
 
 def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
@@ -390,6 +404,8 @@ def test_a_kill_at_any_moment_leaves_an_intact_checkpoint(
             warnings.simplefilter("error")
             found = find_checkpoint(folder)
         assert found is not None
+        for path in folder.glob("step_*"):
+            load_checkpoint(path)
         value = load_checkpoint(found).trees["theta"]["w"][0].item()
         assert value in (20.0, -1.0)
         outcomes.add(value)
@@ -399,6 +415,28 @@ def test_a_kill_at_any_moment_leaves_an_intact_checkpoint(
         num_calls += 1
     assert outcomes == {20.0, -1.0}
     assert num_calls > 10
+
+
+def test_a_kill_does_not_cost_the_last_intact_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "before", 10)
+    flip(save(tmp_path / "before", 20) / "theta.safetensors")
+    found, num_calls = None, 0
+    while found != "step_00000030":
+        folder = tmp_path / str(num_calls)
+        shutil.copytree(tmp_path / "before", folder)
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            Mortal(patch, num_calls)
+            save(folder, 30, keep=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path = find_checkpoint(folder)
+        assert path is not None
+        found = path.name
+        assert found in ("step_00000010", "step_00000030")
+        num_calls += 1
+    assert num_calls > 5
 
 
 # -- optimizers --------------------------------------------------------------------------------
@@ -413,7 +451,7 @@ def network_and_optimizer(fused: bool, dtype: torch.dtype, amsgrad: bool = False
     return network, adamw, ["weight", "bias", "idle"]
 
 
-def train(network: nn.Module, adamw: torch.optim.Optimizer, first: int, last: int) -> None:
+def train(network: nn.Linear, adamw: torch.optim.Optimizer, first: int, last: int) -> None:
     for i in range(first, last):
         generator = torch.Generator().manual_seed(i)
         x = torch.randn(4, 3, generator=generator, dtype=network.weight.dtype)

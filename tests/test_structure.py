@@ -17,7 +17,7 @@ LAYERS = [
     ["implicit"],
     ["players", "optim", "seeding", "metrics", "manifest", "optimizer_state", "checkpoint"],
     ["evaluate", "inner", "outer"],
-    ["plan", "predictor", "distributed"],
+    ["plan", "predictor", "prediction_files", "distributed"],
     ["recording"],
     ["trainer"],
 ]

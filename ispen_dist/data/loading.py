@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -93,13 +93,45 @@ def load_named(config: Config, codec: Codec, name: str) -> Dataset:
     return known[name]
 
 
-def load_file(config: Config, codec: Codec, path: Path) -> Dataset:
-    """Read one file in the format of the task, labelled or not, with a known codec."""
+def load_file(config: Config, codec: Codec, path: Path, *, labelled: bool = True) -> Dataset:
+    """Read one file in the format of the task, with a known codec.
+
+    Args:
+        config: settings of the run.
+        codec: tags or labels, and features, of the training data.
+        path: the file.
+        labelled: whether the structures are needed; if not, those the file has are not looked at.
+
+    Raises:
+        DataError: for a malformed file, unknown labels, or a file without labels that needs them.
+    """
     if isinstance(codec, TaggingCodec):
         sentences = _read_sentences(config.data, path)
-        check_tags(sentences, codec.tags, path)
+        if labelled:
+            _require_tags(sentences, path)
+            check_tags(sentences, codec.tags, path)
+        else:
+            sentences = [replace(sentence, tags=None) for sentence in sentences]
         return TaggingDataset(tuple(sentences), codec)
-    return MultiLabelDataset(_read_table(config.data, path, codec), codec)
+    table = _read_table(config.data, path, codec)
+    table.check_columns(codec.labels, codec.feature_names)
+    if labelled:
+        _require_targets(table, path)
+    return MultiLabelDataset(table, codec)
+
+
+def _require_tags(sentences: Sequence[Sentence], path: Path) -> None:
+    for sentence in sentences:
+        if sentence.tags is None:
+            raise DataError(
+                path, sentence.line, "expected a tag for every token, got none; check "
+                "data.tag_column or data.tag, or name a labelled file"
+            )  # fmt: skip
+
+
+def _require_targets(table: MultiLabelTable, path: Path) -> None:
+    if table.targets is None:
+        raise DataError(path, None, "expected labels, got features only; name a labelled file")
 
 
 def _read_sentences(config: DataConfig, path: Path) -> Sequence[Sentence]:
@@ -114,12 +146,7 @@ def _tagging_splits(config: Config) -> Splits:
     for name in data.train:
         path = data_path(data, name)
         part = _read_sentences(data, path)
-        for sentence in part:
-            if sentence.tags is None:
-                raise DataError(
-                    path, sentence.line, "expected a tag for every token of the training data, "
-                    "got none; check data.tag_column"
-                )
+        _require_tags(part, path)
         sentences += part
     tags = tuple(sorted({tag for s in sentences for tag in s.tags or ()}))
     features = HashedTokenFeatures(
@@ -131,7 +158,10 @@ def _tagging_splits(config: Config) -> Splits:
 
 
 def _multilabel_splits(config: Config) -> Splits:
-    first, *rest = [_read_table(config.data, data_path(config.data, n)) for n in config.data.train]
+    paths = [data_path(config.data, name) for name in config.data.train]
+    first, *rest = [_read_table(config.data, path) for path in paths]
+    for path, table in zip(paths, [first, *rest], strict=True):
+        _require_targets(table, path)
     codec = MultiLabelCodec(first.label_names, first.feature_names)
     return _split(config, MultiLabelDataset(first.concatenate(rest), codec), codec)
 
@@ -140,13 +170,14 @@ def _read_table(
     config: DataConfig, path: Path, codec: MultiLabelCodec | None = None
 ) -> MultiLabelTable:
     if config.format == "arff":
-        names = codec.labels if codec else None
-        return read_arff(path, data_path(config, config.labels_xml), label_names=names)
+        if codec is not None:
+            return read_arff(path, None, label_names=codec.labels)
+        return read_arff(path, data_path(config, config.labels_xml))
     if config.format == "svmlight":
         return read_svmlight(
             path, config.num_features, config.num_labels, zero_based=config.zero_based
         )
-    return read_npz(path)
+    return read_npz(path, codec.labels if codec else None)
 
 
 def _split(config: Config, whole: Dataset, codec: Codec) -> Splits:

@@ -22,6 +22,7 @@ def _mlp(config: NetworkConfig, codec: Codec) -> nn.Module:
         codec.num_outputs,
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
+        activation=config.activation,
         dropout=config.dropout,
         feature_dropout=config.feature_dropout,
     )

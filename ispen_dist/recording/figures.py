@@ -1,12 +1,14 @@
 """Pictures of a run, drawn without a display and without matplotlib's global state."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
@@ -32,9 +34,10 @@ def heat_map(
 ) -> Figure:
     """Draw a matrix in diverging colours centred on zero.
 
-    Up to 48 rows or columns are labelled one by one, more at regular intervals. The ends of the
-    scale are plus and minus the 99.5th percentile of the absolute entries; entries beyond it are
-    marked by the pointed ends of the colour bar. Entries that are not finite are grey.
+    Up to 48 rows or columns are labelled one by one, more at regular intervals. The scale ends at
+    the largest absolute entry; where that is more than twice the 99.5th percentile, at the
+    percentile, with a pointed end of the colour bar for what lies beyond. Entries that are not
+    finite are grey.
 
     Args:
         matrix: (R, C).
@@ -52,14 +55,14 @@ def heat_map(
             f"heat_map {title!r}: expected a matrix of shape {shape} after its labels, with at "
             f"least one entry, got {values.shape}; give one label per row and column"
         )
-    width, height = (_side(num) for num in reversed(shape))
-    figure = Figure(figsize=(width + 1.6, height + 0.6), dpi=100, layout="constrained")
+    figure = _empty_figure(*_size(row_labels, column_labels))
     axes = figure.add_subplot()
     limit, extend = _scale(values)
+    colours = colormaps[_DIVERGING].with_extremes(bad="0.75")
+    # The picture's size already makes cells about square; a fixed aspect would fight the layout.
     image = axes.imshow(
-        np.ma.masked_invalid(values), cmap=colormaps[_DIVERGING].with_extremes(bad="0.75"), vmin=-limit, vmax=limit,
-        interpolation="nearest",
-    )  # fmt: skip
+        np.ma.masked_invalid(values), cmap=colours, vmin=-limit, vmax=limit, aspect="auto"
+    )
     _label_axes(axes, row_labels, column_labels)
     axes.set(title=title, xlabel=column_name, ylabel=row_name)
     bar = figure.colorbar(image, ax=axes, extend=extend, fraction=0.046, pad=0.03)
@@ -68,9 +71,15 @@ def heat_map(
     return figure
 
 
-def _side(num: int) -> float:
-    """Return inches for `num` cells: a label's height each, within the size of a screen."""
-    return float(np.clip(0.26 * num, 2.8, 8.0))
+def _size(row_labels: Sequence[str], column_labels: Sequence[str]) -> tuple[float, float]:
+    """Return width and height in inches: a label's height per cell, within a screen, and text."""
+    width, height = (
+        float(np.clip(0.26 * len(labels), 2.6, 8.0)) for labels in (column_labels, row_labels)
+    )
+    left, below = (
+        0.07 * max(len(_short(label)) for label in labels) for labels in (row_labels, column_labels)
+    )
+    return width + left + 1.5, height + below + 0.8
 
 
 def _scale(values: NDArray[np.float64]) -> tuple[float, str]:
@@ -79,7 +88,9 @@ def _scale(values: NDArray[np.float64]) -> tuple[float, str]:
     largest = float(np.abs(finite).max(initial=0.0))
     if largest == 0.0:
         return 1.0, "neither"
-    limit = float(np.quantile(np.abs(finite), _CLIP_QUANTILE)) or largest
+    limit = float(np.quantile(np.abs(finite), _CLIP_QUANTILE))
+    if largest <= 2.0 * limit or limit == 0.0:
+        return largest, "neither"
     below, above = finite.min() < -limit, finite.max() > limit
     return limit, {(0, 0): "neither", (1, 0): "min", (0, 1): "max"}.get((below, above), "both")
 
@@ -87,8 +98,10 @@ def _scale(values: NDArray[np.float64]) -> tuple[float, str]:
 def _label_axes(axes: Axes, row_labels: Sequence[str], column_labels: Sequence[str]) -> None:
     rows, columns = _shown(len(row_labels)), _shown(len(column_labels))
     size = 8 if max(len(row_labels), len(column_labels)) <= _MAX_LABELS else 7
-    axes.set_yticks(rows, [_short(row_labels[i]) for i in rows], fontsize=size)
-    axes.set_xticks(columns, [_short(column_labels[i]) for i in columns], fontsize=size)
+    # Labels are names as they are: two dollars would start matplotlib's mathematics.
+    text: dict[str, Any] = {"fontsize": size, "parse_math": False}
+    axes.set_yticks(rows, [_short(row_labels[i]) for i in rows], **text)
+    axes.set_xticks(columns, [_short(column_labels[i]) for i in columns], **text)
     # Short tags stand upright; longer names are turned so that neighbours do not collide.
     if max(len(column_labels[i]) for i in columns) > 2:
         axes.tick_params(axis="x", rotation=90)
@@ -105,8 +118,7 @@ def _shown(num: int) -> list[int]:
 
 
 def _short(label: str) -> str:
-    # A dollar would start matplotlib's mathematics, and `$` is a tag of its own in tag sets.
-    return (label if len(label) <= 20 else f"{label[:18]}..").replace("$", r"\$")
+    return label if len(label) <= 20 else f"{label[:18]}.."
 
 
 def _draw_grid(axes: Axes, num_rows: int, num_columns: int) -> None:
@@ -133,7 +145,7 @@ def curves(
         value_name: what the values are.
         mark: steps to point out, by what happened there, such as the end of the warm-up.
     """
-    figure = Figure(figsize=(7.0, 4.0), dpi=100, layout="constrained")
+    figure = _empty_figure(7.0, 4.0)
     axes = figure.add_subplot()
     for i, (name, points) in enumerate(series.items()):
         _draw_curve(axes, name, points, _COLOURS[i % len(_COLOURS)])
@@ -144,7 +156,7 @@ def curves(
             textcoords="offset points", va="top", fontsize=8, color="0.4",
         )  # fmt: skip
     axes.set(title=title, xlabel=step_name, ylabel=value_name)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(color="0.92")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
@@ -164,6 +176,11 @@ def _draw_curve(axes: Axes, name: str, points: Sequence[tuple[int, float]], colo
         axes.plot(steps[best], values[best], "o", ms=9, mfc="none", mec=colour, mew=1.5)
     marker = "o" if len(points) <= 60 else ""
     axes.plot(steps, values, color=colour, linewidth=1.5, marker=marker, ms=3, label=label)
+
+
+def _empty_figure(width: float, height: float) -> Figure:
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    return Figure(figsize=(width, height), dpi=100, layout=layout)
 
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:

@@ -7,6 +7,7 @@ from typing import Self
 
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -23,7 +24,8 @@ class TensorBoardRecorder:
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        # The default of two minutes is what a kill would lose.
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
 
     def scalars(self, values: Mapping[str, float | None], step: int) -> None:
         """Add numbers by tag; those that are None are left out."""
@@ -38,7 +40,7 @@ class TensorBoardRecorder:
     def heat_map(
         self,
         tag: str,
-        matrix: ArrayLike,
+        matrix: Tensor | ArrayLike,
         row_labels: Sequence[str],
         column_labels: Sequence[str],
         step: int,
@@ -48,6 +50,9 @@ class TensorBoardRecorder:
         value_name: str = "",
     ) -> None:
         """Add a picture of a matrix, (R, C); see `figures.heat_map`."""
+        if isinstance(matrix, Tensor):
+            # NumPy has no bfloat16.
+            matrix = matrix.detach().double().cpu().numpy()
         self._picture(
             tag,
             figures.heat_map(
@@ -115,10 +120,11 @@ class TensorBoardRecorder:
 
 
 def _flat(settings: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield settings by dotted name, as the numbers, booleans and strings TensorBoard takes."""
+    """Yield settings by dotted name, numbers as they are and the rest as text."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            plain = isinstance(value, bool | int | float | str)
-            yield f"{prefix}{name}", value if plain else str(value)
+            # torch would write a boolean as 1.0.
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            yield f"{prefix}{name}", value if is_number else str(value)

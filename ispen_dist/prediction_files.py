@@ -1,0 +1,103 @@
+"""Predictions written in the format of the task, for a file that may be unlabelled."""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from ispen_dist.config import ConfigError
+from ispen_dist.data.arff import write_arff
+from ispen_dist.data.conll import write_conll, write_conllu
+from ispen_dist.data.datasets import MultiLabelDataset, TaggingDataset
+from ispen_dist.data.loading import load_file
+from ispen_dist.data.npz import write_npz
+from ispen_dist.data.svmlight import write_svmlight
+from ispen_dist.predictor import Predictor
+
+
+def predict_file(
+    predictor: Predictor,
+    source: Path,
+    target: Path | None,
+    *,
+    probabilities: bool = False,
+    threshold: float | None = None,
+) -> None:
+    """Read a file, predict every example, and write it back with the predicted structures.
+
+    Args:
+        predictor: the trained model; its configuration tells the format.
+        source: file to read; structures it may already have are not looked at.
+        target: file to write, whole or not at all; None writes text formats to standard output.
+        probabilities: also write the probability of each decision.
+        threshold: decision threshold of labels; None takes the one tuned on dev. Not for tagging.
+
+    Raises:
+        DataError: for a malformed file.
+        ConfigError: for a binary format on standard output, or a threshold outside (0, 1).
+    """
+    if threshold is not None and not 0.0 < threshold < 1.0:
+        raise ConfigError(f"--threshold: expected a number between 0 and 1, got {threshold:g}")
+    if target is not None:
+        _write(predictor, source, target, probabilities, threshold)
+        return
+    if predictor.config.data.format == "npz":
+        raise ConfigError("--output: expected a file to write, as .npz is binary, got none")
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "predictions"
+        _write(predictor, source, whole, probabilities, threshold)
+        with whole.open(encoding="utf-8") as file:
+            shutil.copyfileobj(file, sys.stdout)
+
+
+def _write(
+    predictor: Predictor, source: Path, target: Path, probabilities: bool, threshold: float | None
+) -> None:
+    dataset = load_file(predictor.config, predictor.codec, source, labelled=False)
+    if isinstance(dataset, TaggingDataset):
+        _write_tags(predictor, dataset, source, target, probabilities)
+    elif isinstance(dataset, MultiLabelDataset):
+        _write_labels(predictor, dataset, target, probabilities, threshold)
+
+
+def _write_tags(
+    predictor: Predictor, dataset: TaggingDataset, source: Path, target: Path, probabilities: bool
+) -> None:
+    tags: list[list[str]] = []
+    chances: list[list[float]] = []
+    for batch, ybar in predictor.predict(dataset):
+        best = ybar.max(-1)
+        lengths = batch.inputs["mask"].sum(-1).tolist()
+        for length, chance, number in zip(
+            lengths, best.values.tolist(), best.indices.tolist(), strict=True
+        ):
+            tags.append([dataset.codec.tags[i] for i in number[:length]])
+            chances.append(chance[:length])
+    shown = chances if probabilities else None
+    data = predictor.config.data
+    if data.format == "conllu":
+        write_conllu(source, target, tags, shown, tag=data.tag)
+    else:
+        write_conll(target, dataset.sentences, tags, shown)
+
+
+def _write_labels(
+    predictor: Predictor,
+    dataset: MultiLabelDataset,
+    target: Path,
+    probabilities: bool,
+    threshold: float | None,
+) -> None:
+    chance = np.concatenate([ybar.cpu().numpy() for _, ybar in predictor.predict(dataset)])
+    limit = threshold or predictor.threshold or 0.5
+    predicted = (chance > limit).astype(np.uint8)
+    shown = chance if probabilities else None
+    data = predictor.config.data
+    if data.format == "arff":
+        write_arff(target, dataset.table, predicted, shown)
+    elif data.format == "svmlight":
+        write_svmlight(target, dataset.table, predicted, shown, zero_based=data.zero_based)
+    else:
+        write_npz(target, dataset.table, predicted, shown)

@@ -1,0 +1,233 @@
+"""The main job end to end on tiny data: files it leaves, resume, ranks, errors."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from ispen_dist.predictor import ModelError, Predictor
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ROOT / "launcher" / "train.py"
+WORDS = {"D": ["the", "a"], "N": ["dog", "cat", "bird", "tree"], "V": ["sees", "runs", "is"]}
+
+
+def tagged_text(num_sentences: int, seed: int) -> str:
+    draw = torch.Generator().manual_seed(seed)
+
+    def pick(tag: str) -> str:
+        words = WORDS[tag]
+        return f"{words[int(torch.randint(len(words), (), generator=draw))]}\t{tag}"
+
+    patterns = (["D", "N", "V"], ["D", "N", "V", "D", "N"], ["N", "V"])
+    sentences = []
+    for _ in range(num_sentences):
+        pattern = patterns[int(torch.randint(3, (), generator=draw))]
+        sentences.append("\n".join(pick(tag) for tag in pattern) + "\n")
+    return "\n".join(sentences)
+
+
+SETTINGS = {
+    "features": {"num_buckets": 64, "max_affix": 2},
+    "inference_net": {"hidden_size": 4, "embedding_size": 4, "dropout": 0.2},
+    "energy": {"features": {"hidden_size": 3, "embedding_size": 3, "dropout": 0.2}},
+    "inner": {"batch_size": 5, "steps": 2, "optimizer": {"learning_rate": 0.01}},
+    "outer": {"batch_size": 7, "objective": "nce", "task_weight": 1.0, "num_samples": 3},
+    "solver": {"max_steps": 3, "damping": 1.0},
+    "train": {
+        "warmup_rounds": 2, "max_outer_steps": 4, "eval_every": 2, "checkpoint_every": 2,
+        "keep_checkpoints": 9, "num_threads": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, size, seed in (("train", 22, 0), ("dev", 6, 1), ("test", 6, 2)):
+        (folder / f"{name}.conll").write_text(tagged_text(size, seed))
+    data = {
+        "root": str(folder), "train": ["train.conll"], "dev": "dev.conll", "test": "test.conll",
+        "extra": {"again": "test.conll"},
+    }  # fmt: skip
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"data": data, **SETTINGS}))
+    return path
+
+
+def run(*command, expect: int = 0) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=240, check=False,
+        env=environment, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def train(config: Path, output: Path, *flags: str, expect: int = 0) -> subprocess.CompletedProcess:
+    return run(sys.executable, TRAIN, "--config", config, "--output", output, *flags, expect=expect)
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    return output, train(config, output)
+
+
+def test_a_run_leaves_what_the_readme_promises(finished):
+    folder, done = finished
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints"):
+        assert (folder / name).exists(), name
+    for name in ("inference_net.safetensors", "energy.safetensors", "config.json"):
+        assert (folder / "model" / name).exists(), name
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"task", "world_size", "seconds", "dev", "test", "hypergradient"} <= summary.keys()
+    assert summary["hypergradient"]["statuses"]
+    assert "accuracy" in done.stdout
+    assert "results of" in done.stdout
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    outer = [row for row in rows if row["phase"] == "train" and "outer_loss" in row]
+    assert [row["step"] for row in outer] == [3, 4, 5, 6]
+    wanted = {"inner_loss", "energy", "stationarity", "solver_steps", "residual", "examples_per_second"}
+    assert wanted <= outer[0].keys()
+    assert any(row["implicit_norm"] > 0 for row in outer)
+
+
+def test_the_model_loads_and_repeats_its_figures(finished):
+    folder, _ = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    for split, expected in (("test", "test"), ("dev", "dev"), ("again", "test")):
+        done = run(sys.executable, ROOT / "launcher" / "evaluate.py", folder, "--split", split)
+        assert json.loads(done.stdout)["accuracy"] == summary[expected]["accuracy"]
+    done = run(
+        sys.executable, ROOT / "launcher" / "evaluate.py", folder, "--split", "no", expect=2
+    )
+    assert "expected one of train, dev, test, again, got 'no'" in done.stderr
+
+
+def test_prediction_accepts_an_unlabelled_file_and_repeats_it_with_tags(finished, tmp_path):
+    folder, _ = finished
+    source, target = tmp_path / "new.conll", tmp_path / "tagged.conll"
+    source.write_text("the\ndog\nruns\n\nxyzzy\n")
+    predict = [sys.executable, ROOT / "launcher" / "predict.py", folder, "--input", source]
+    run(*predict, "--output", target, "--probabilities")
+    lines = target.read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["the", "dog", "runs", "", "xyzzy"]
+    for line in filter(None, lines):
+        _, tag, probability = line.split("\t")
+        assert tag in WORDS
+        assert 1 / 3 <= float(probability) <= 1.0
+    printed = run(*predict).stdout.splitlines()
+    assert printed == ["\t".join(line.split("\t")[:2]) for line in lines]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, finished, tmp_path):
+    whole, _ = finished
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole, resumed)
+    for late in ("step_00000004", "step_00000006"):
+        shutil.rmtree(resumed / "checkpoints" / late)
+    for name in ("summary.json", "model"):
+        path = resumed / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = train(config, resumed, "--resume", "auto")
+    assert "at round 2" in done.stdout
+    last = [f / "checkpoints" / "step_00000006" for f in (whole, resumed)]
+    files = sorted(p.name for p in last[0].glob("*.safetensors"))
+    assert len(files) > 5
+    for name in files:
+        first, second = (load_file(folder / name) for folder in last)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[k], second[k]) for k in first), name
+    states = [json.loads((folder / "state.json").read_text()) for folder in last]
+    for state in states:
+        state.pop("seconds")
+    assert states[0] == states[1]
+    assert metric_rows(whole) == metric_rows(resumed)
+    weights = [load_file(f / "model" / "inference_net.safetensors") for f in (whole, resumed)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def metric_rows(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "examples_per_second"} for row in rows]
+
+
+def test_two_ranks_follow_the_trajectory_of_one(config, tmp_path):
+    exact = [
+        "--train.dtype=float64", "--inference_net.dropout=0", "--energy.features.dropout=0",
+        "--outer.objective=ssvm",
+    ]  # fmt: skip
+    train(config, tmp_path / "one", *exact)
+    run(
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0", TRAIN, "--config", config, "--output", tmp_path / "two", *exact,
+    )  # fmt: skip
+    one, two = metric_rows(tmp_path / "one"), metric_rows(tmp_path / "two")
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    for first, second in zip(one, two, strict=True):
+        for key in first.keys() - {"phase"}:
+            assert second[key] == pytest.approx(first[key], rel=1e-9, abs=1e-12), key
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["world_size"] == 2
+
+
+def test_print_config_says_what_it_will_cost_and_leaves_nothing(config, tmp_path):
+    done = train(config, tmp_path / "none", "--print-config")
+    text = yaml.safe_load(done.stdout)
+    assert text["inner"]["steps"] == 2
+    for word in ("parameters", "steps", "memory per rank", "checkpoint"):
+        assert word in done.stdout
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--inner.stepz=3"], "inner.steps"),
+        (["--inner.steps=many"], "inner.steps"),
+        (["--outer.task_weight=0"], "outer.task_weight: expected a number above 0"),
+        (["--data.dev=absent.conll"], "absent.conll"),
+    ],
+)
+def test_bad_settings_end_with_code_2_and_one_line(config, tmp_path, flags, message):
+    done = train(config, tmp_path / "bad", *flags, expect=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_bad_line_is_named_with_file_and_line(config, tmp_path):
+    bad = tmp_path / "bad.conll"
+    bad.write_text("the\tD\ndog\tN\textra\n")
+    done = train(config, tmp_path / "run", f"--data.dev={bad}", expect=2)
+    assert f"{bad}:2: expected" in done.stderr
+
+
+def test_a_used_folder_is_not_overwritten(config, finished):
+    folder, _ = finished
+    before = metric_rows(folder)
+    done = train(config, folder, "--resume", "none", expect=2)
+    assert "expected a new or empty folder" in done.stderr
+    done = train(config, folder, "--inner.steps=3", expect=2)
+    assert "inner.steps: expected 2, got 3" in done.stderr
+    assert metric_rows(folder) == before
+
+
+def test_a_damaged_model_is_refused_by_name(finished, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(finished[0] / "model", folder)
+    weights = folder / "energy.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    with pytest.raises(ModelError, match=r"energy\.safetensors: expected the weights"):
+        Predictor.from_pretrained(folder)
+    with pytest.raises(ModelError, match=r"config\.json: expected the description"):
+        Predictor.from_pretrained(tmp_path)
