@@ -71,15 +71,24 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(bool(self.train), "data.train", "at least one file", self.train, "name a file")
-        _check_ranges("data", self, dev_fraction=(0.0, 0.9), token_column=(0, _ANY), tag_column=(0, _ANY))
+        _check_ranges(
+            "data", self, dev_fraction=(0.0, 0.9), token_column=(0, _ANY), tag_column=(0, _ANY)
+        )
         formats = {"tagging": ("conll", "conllu"), "multilabel": ("arff", "svmlight", "npz")}
         _check(
             self.format in formats[self.task],
-            "data.format", f"one of {', '.join(formats[self.task])} for data.task={self.task}",
-            self.format, "change data.format or data.task",
+            "data.format",
+            f"one of {', '.join(formats[self.task])} for data.task={self.task}",
+            self.format,
+            "change data.format or data.task",
         )
         if self.format == "arff":
-            _check(bool(self.labels_xml), "data.labels_xml", "the Mulan XML file of the ARFF labels", "")
+            _check(
+                bool(self.labels_xml),
+                "data.labels_xml",
+                "the Mulan XML file of the ARFF labels",
+                "",
+            )
         if self.format == "svmlight":
             _check_ranges("data", self, num_features=(1, _ANY), num_labels=(1, _ANY))
 
@@ -120,8 +129,14 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         _check_ranges(
-            "network", self, hidden_size=(1, _ANY), num_layers=(1, _ANY), num_heads=(1, _ANY),
-            embedding_size=(1, _ANY), dropout=(0.0, 0.99), feature_dropout=(0.0, 0.99),
+            "network",
+            self,
+            hidden_size=(1, _ANY),
+            num_layers=(1, _ANY),
+            num_heads=(1, _ANY),
+            embedding_size=(1, _ANY),
+            dropout=(0.0, 0.99),
+            feature_dropout=(0.0, 0.99),
         )
 
 
@@ -159,8 +174,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _check_ranges(
-            "optimizer", self, learning_rate=(0.0, _ANY), weight_decay=(0.0, _ANY),
-            warmup_steps=(0, _ANY), final_fraction=(0.0, 1.0), clip_norm=(0.0, _ANY),
+            "optimizer",
+            self,
+            learning_rate=(0.0, _ANY),
+            weight_decay=(0.0, _ANY),
+            warmup_steps=(0, _ANY),
+            final_fraction=(0.0, 1.0),
+            clip_norm=(0.0, _ANY),
         )
 
 
@@ -182,7 +202,11 @@ class InnerConfig:
 
     def __post_init__(self) -> None:
         _check_ranges(
-            "inner", self, batch_size=(1, _ANY), steps=(1, _ANY), energy_weight=(0.0, _ANY),
+            "inner",
+            self,
+            batch_size=(1, _ANY),
+            steps=(1, _ANY),
+            energy_weight=(0.0, _ANY),
             pretrain_learning_rate=(0.0, _ANY),
         )
 
@@ -216,11 +240,22 @@ class SolverConfig:
 
     def __post_init__(self) -> None:
         _check_ranges(
-            "solver", self, max_steps=(1, _ANY), rtol=(0.0, 0.999), scale=(1e-30, _ANY),
-            damping=(0.0, _ANY), damping_factor=(1.001, _ANY), max_repeats=(0, _ANY),
+            "solver",
+            self,
+            max_steps=(1, _ANY),
+            rtol=(0.0, 0.999),
+            scale=(1e-30, _ANY),
+            damping=(0.0, _ANY),
+            damping_factor=(1.001, _ANY),
+            max_repeats=(0, _ANY),
         )
         if self.on_failure == "damp":
-            _check(self.damping > 0.0, "solver.damping", "a number above 0 for solver.on_failure=damp", self.damping)
+            _check(
+                self.damping > 0.0,
+                "solver.damping",
+                "a number above 0 for solver.on_failure=damp",
+                self.damping,
+            )
 
 
 @dataclass(frozen=True)
@@ -247,8 +282,13 @@ class OuterConfig:
 
     def __post_init__(self) -> None:
         _check_ranges(
-            "outer", self, batch_size=(1, _ANY), task_weight=(0.0, _ANY), margin_scale=(0.0, _ANY),
-            num_samples=(1, _ANY), held_out_fraction=(0.0, 0.9),
+            "outer",
+            self,
+            batch_size=(1, _ANY),
+            task_weight=(0.0, _ANY),
+            margin_scale=(0.0, _ANY),
+            num_samples=(1, _ANY),
+            held_out_fraction=(0.0, 0.9),
         )
 
 
@@ -286,9 +326,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_ranges(
-            "train", self, warmup_rounds=(0, _ANY), max_outer_steps=(0, _ANY), eval_every=(1, _ANY), patience=(0, _ANY),
-            checkpoint_every=(1, _ANY), keep_checkpoints=(1, _ANY), log_every=(1, _ANY),
-            num_threads=(0, _ANY), seed=(0, 2**32 - 1),
+            "train",
+            self,
+            warmup_rounds=(0, _ANY),
+            max_outer_steps=(0, _ANY),
+            eval_every=(1, _ANY),
+            patience=(0, _ANY),
+            checkpoint_every=(1, _ANY),
+            keep_checkpoints=(1, _ANY),
+            log_every=(1, _ANY),
+            num_threads=(0, _ANY),
+            seed=(0, 2**32 - 1),
         )
 
 
@@ -319,23 +367,30 @@ class Config:
         energy = "linear_chain" if tagging else "label_interaction"
         where = f"for data.task={self.data.task}"
         for setting, network in (
-            ("inference_net", self.inference_net), ("energy.features", self.energy.features)
+            ("inference_net", self.inference_net),
+            ("energy.features", self.energy.features),
         ):
             _check(
-                network.name in networks, f"{setting}.name", f"one of {', '.join(networks)} {where}",
+                network.name in networks,
+                f"{setting}.name",
+                f"one of {', '.join(networks)} {where}",
                 network.name,
             )
         _check(self.energy.name == energy, "energy.name", f"{energy} {where}", self.energy.name)
         if self.train.method == "implicit":
             _check(
                 self.outer.objective not in ("cd", "nce") or self.outer.task_weight > 0.0,
-                "outer.task_weight", f"a number above 0 for outer.objective={self.outer.objective} "
-                "with train.method=implicit", self.outer.task_weight,
+                "outer.task_weight",
+                f"a number above 0 for outer.objective={self.outer.objective} "
+                "with train.method=implicit",
+                self.outer.task_weight,
                 "cd and nce hold theta constant, so without the task cost there is no implicit "
                 "part; set outer.task_weight or train.method=explicit",
             )
             _check(
-                self.inner.energy_weight > 0.0, "inner.energy_weight",
-                "a number above 0 with train.method=implicit", self.inner.energy_weight,
+                self.inner.energy_weight > 0.0,
+                "inner.energy_weight",
+                "a number above 0 with train.method=implicit",
+                self.inner.energy_weight,
                 "with lambda = 0 theta does not depend on the energy",
             )

@@ -72,7 +72,9 @@ class View:
     def samples(self) -> Tensor:
         """Return {y, y_1..y_S}, gold first: constants of shape (1 + S, B, ...)."""
         if self.generator is None:
-            raise ValueError("View.generator: expected a torch.Generator, got None; cd and nce draw samples")
+            raise ValueError(
+                "View.generator: expected a torch.Generator, got None; cd and nce draw samples"
+            )
         drawn = self.space.sample(self.logits, self.inputs, self.num_samples, self.generator)
         return torch.cat([self.y.unsqueeze(0), drawn])
 

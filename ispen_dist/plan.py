@@ -37,14 +37,22 @@ def describe(config: Config, splits: Splits, num_ranks: int) -> str:
     lines = [
         ("examples", f"train {len(splits.train)}, dev {len(splits.dev)}, test {test}"),
         ("parameters", f"theta {theta:,}, phi {phi:,} learned of {energy:,}"),
-        ("steps", f"{rounds} rounds: {inner_steps} inner ({epochs:.1f} epochs), "
-                  f"{train.max_outer_steps if train.method != 'mle' else 0} outer, "
-                  f"at most {products} curvature products"),
-        ("memory per rank", f"{_bytes(state)} parameters, gradients and optimizers, "
-                            f"{_bytes(vectors)} solver vectors, activations besides"),
+        (
+            "steps",
+            f"{rounds} rounds: {inner_steps} inner ({epochs:.1f} epochs), "
+            f"{train.max_outer_steps if train.method != 'mle' else 0} outer, "
+            f"at most {products} curvature products",
+        ),
+        (
+            "memory per rank",
+            f"{_bytes(state)} parameters, gradients and optimizers, "
+            f"{_bytes(vectors)} solver vectors, activations besides",
+        ),
         ("checkpoint", f"about {_bytes(itemsize * (4 * theta + 2 * energy + 2 * phi))} each"),
-        ("reduced per round", _bytes(sent_inner + sent_outer) if num_ranks > 1
-         else "nothing, one process"),
+        (
+            "reduced per round",
+            _bytes(sent_inner + sent_outer) if num_ranks > 1 else "nothing, one process",
+        ),
     ]
     return "\n".join(f"# {name:18s} {value}" for name, value in lines)
 

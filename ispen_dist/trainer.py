@@ -72,9 +72,7 @@ class Trainer:
         folder: records of the run; writes on the main process only.
     """
 
-    def __init__(
-        self, config: Config, splits: Splits, session: Session, folder: RunFolder
-    ) -> None:
+    def __init__(self, config: Config, splits: Splits, session: Session, folder: RunFolder) -> None:
         self.config, self.splits, self.session, self.folder = config, splits, session, folder
         self.players = build_players(config, splits.codec, session.device)
         session.replicate(self.players.inference_net, self.players.energy)
@@ -187,9 +185,7 @@ class Trainer:
                 )
             )
             if self._warming_up and learns_energy and config.inner.pretrain_learning_rate > 0.0:
-                row |= pretrain_local_step(
-                    self.players, self.optimizers["local"], batch, reduction
-                )
+                row |= pretrain_local_step(self.players, self.optimizers["local"], batch, reduction)
             rows.append(row)
         return self._means(rows)
 
@@ -299,9 +295,7 @@ class Trainer:
     def _trees(self) -> dict[str, Tree]:
         trees = {name: dict(net.state_dict()) for name, net in self._networks().items()}
         for name, optimizer in self.optimizers.items():
-            trees[f"{name}_optimizer"] = optimizer_tree(
-                optimizer.adamw, list(optimizer.parameters)
-            )
+            trees[f"{name}_optimizer"] = optimizer_tree(optimizer.adamw, list(optimizer.parameters))
         trees["solver_start"] = self.outer_step.record.start or {}
         trees |= {f"best_{name}": tree for name, tree in self.best.items()}
         return trees
@@ -345,5 +339,3 @@ class Trainer:
 
     def _to_device(self, tree: Tree) -> Tree:
         return {key: value.to(self.session.device) for key, value in tree.items()}
-
-

@@ -1,6 +1,6 @@
 """Print the metrics of a trained run as JSON.
 
-    python launcher/evaluate.py runs/my-run --split test
+python launcher/evaluate.py runs/my-run --split test
 """
 
 import argparse

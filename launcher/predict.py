@@ -1,6 +1,6 @@
 """Predict the structures of a file in the task's own format, labelled or not.
 
-    python launcher/predict.py runs/my-run --input tweets.conll --output tagged.conll
+python launcher/predict.py runs/my-run --input tweets.conll --output tagged.conll
 """
 
 import argparse

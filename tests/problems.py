@@ -6,8 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ispen_dist.config import Config, DataConfig, EnergyConfig, FeatureConfig, NetworkConfig
-from ispen_dist.config import InnerConfig, OuterConfig, TrainConfig
+from ispen_dist.config import (
+    Config,
+    DataConfig,
+    EnergyConfig,
+    FeatureConfig,
+    InnerConfig,
+    NetworkConfig,
+    OuterConfig,
+    TrainConfig,
+)
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import MultiLabelCodec, TaggingCodec
 from ispen_dist.data.token_features import HashedTokenFeatures
@@ -109,7 +117,10 @@ def tagging_codec() -> TaggingCodec:
 
 def tagging_config(network: str = "bilstm", **outer: object) -> Config:
     net = NetworkConfig(
-        name=network, embedding_size=2, hidden_size=2, num_heads=1  # type: ignore[arg-type]
+        name=network,
+        embedding_size=2,
+        hidden_size=2,
+        num_heads=1,  # type: ignore[arg-type]
     )
     return Config(
         data=DataConfig(train=["x.conll"]),

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import worker_hypergradient
 from safetensors.torch import load_file
 
-import worker_hypergradient
 from ispen_dist.data.sampler import ShardedSampler, in_order
 
 HERE = Path(__file__).parent
@@ -67,8 +67,12 @@ def test_ranks_with_uneven_shares_equal_one_rank(num_ranks, reference, tmp_path)
             assert torch.equal(result[name], ranks[0][name]), f"{name}: ranks disagree"
 
 
-@pytest.mark.parametrize(("num_examples", "batch_size", "num_ranks"), [(10, 4, 3), (7, 7, 2), (5, 2, 4), (3, 8, 5)])
-def test_an_epoch_holds_every_example_once_however_the_sizes_divide(num_examples, batch_size, num_ranks):
+@pytest.mark.parametrize(
+    ("num_examples", "batch_size", "num_ranks"), [(10, 4, 3), (7, 7, 2), (5, 2, 4), (3, 8, 5)]
+)
+def test_an_epoch_holds_every_example_once_however_the_sizes_divide(
+    num_examples, batch_size, num_ranks
+):
     ranks = [ShardedSampler(num_examples, batch_size, 0, r, num_ranks) for r in range(num_ranks)]
     whole = ShardedSampler(num_examples, batch_size, 0)
     for epoch in range(3):

@@ -3,12 +3,12 @@
 import dataclasses
 import math
 
+import problems
 import pytest
 import torch
 
 import ispen_dist
 from ispen_dist.linalg.operators import HessianOperator, build_operator, symmetry_defect
-import problems
 
 torch.set_default_dtype(torch.float64)
 
@@ -18,7 +18,10 @@ def solved(request):
     """A tiny problem of each task at its inner optimum, with ridge so that H > 0."""
     batch = problems.random_batch(request.param, 6, 0)
     problem = problems.build_problem(
-        request.param, batch, problems.random_batch(request.param, 5, 9), task_weight=1.0,
+        request.param,
+        batch,
+        problems.random_batch(request.param, 5, 9),
+        task_weight=1.0,
         objective="ssvm",
     )
     problem = dataclasses.replace(problem, inner=problems.with_ridge(problem.inner, 0.1))
@@ -54,16 +57,18 @@ def test_equals_finite_differences_of_the_solution_map(solved):
     problem, theta, phi = solved
     result = problems.flatten(compute(problem, theta, phi, solver=ispen_dist.CG(500, 1e-13)).value)
     draw = torch.Generator().manual_seed(0)
-    direction = result / result.norm() + 0.5 * torch.randn(
-        phi.shape, generator=draw
-    ) / phi.numel() ** 0.5
+    direction = (
+        result / result.norm() + 0.5 * torch.randn(phi.shape, generator=draw) / phi.numel() ** 0.5
+    )
 
     def outer_at(step):
         moved = phi + step * direction
         return problem.flat_outer(problems.solve_inner(problem, theta, moved), moved).item()
 
     h = 2e-3
-    fourth_order = (8 * (outer_at(h) - outer_at(-h)) - outer_at(2 * h) + outer_at(-2 * h)) / (12 * h)
+    fourth_order = (8 * (outer_at(h) - outer_at(-h)) - outer_at(2 * h) + outer_at(-2 * h)) / (
+        12 * h
+    )
     assert abs((result @ direction).item() / fourth_order - 1.0) < 1e-8
 
 
@@ -104,9 +109,9 @@ def test_ridge_regression_has_a_closed_form(solver):
         return torch.linalg.solve(X.T @ X / 40 + weight * torch.eye(6), X.T @ y / 40)
 
     weight = torch.tensor(0.3, requires_grad=True)
-    reference = torch.autograd.grad(
-        ((X_outer @ theta_star(weight) - y_outer) ** 2).mean(), weight
-    )[0]
+    reference = torch.autograd.grad(((X_outer @ theta_star(weight) - y_outer) ** 2).mean(), weight)[
+        0
+    ]
     result = ispen_dist.hypergradient(
         lambda t, p: 0.5 * ((X @ t["w"] - y) ** 2).mean() + 0.5 * p["a"] * (t["w"] ** 2).sum(),
         lambda t, p: ((X_outer @ t["w"] - y_outer) ** 2).mean(),
@@ -129,9 +134,7 @@ def test_gauss_newton_mixed_product_in_output_space_equals_the_hessian_one(task)
     q = {k: torch.randn_like(v) for k, v in problem.theta.items()}
     first, second = (problems.flatten(op.mixed(q)) for op in operators)
     assert relative_error(first, second) < 1e-12
-    torch.testing.assert_close(
-        operators[0].gradient, operators[1].gradient, rtol=1e-12, atol=1e-14
-    )
+    torch.testing.assert_close(operators[0].gradient, operators[1].gradient, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("task", problems.TASKS)
@@ -222,9 +225,7 @@ def test_an_outer_loss_without_theta_is_reported_and_not_silently_zero():
 def test_warm_start_from_the_solution_takes_no_step(solved):
     problem, theta, phi = solved
     cold = compute(problem, theta, phi, solver=ispen_dist.CG(500, 1e-8))
-    warm = compute(
-        problem, theta, phi, solver=ispen_dist.CG(500, 1e-7), start=cold.solution.value
-    )
+    warm = compute(problem, theta, phi, solver=ispen_dist.CG(500, 1e-7), start=cold.solution.value)
     assert cold.num_steps > 0
     assert warm.num_steps == 0
     assert warm.status is ispen_dist.Status.CONVERGED

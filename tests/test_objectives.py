@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import problems
 import pytest
 import torch
 
@@ -10,7 +11,6 @@ from ispen_dist import objectives
 from ispen_dist.models.output_spaces import LabelSets, TagSequences
 from ispen_dist.objectives import OUTER_OBJECTIVES
 from ispen_dist.players import build_players
-import problems
 
 torch.set_default_dtype(torch.float64)
 Y = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
@@ -107,9 +107,7 @@ def test_outer_training_lowers_the_energy_of_gold_below_corrupted(task):
     logits = torch.zeros_like(players.inference_net(batch.inputs))
     for step in range(60):
         generator = torch.Generator().manual_seed(step)
-        total, count = objectives.outer(
-            players.view(batch, logits, generator=generator), "nce"
-        )
+        total, count = objectives.outer(players.view(batch, logits, generator=generator), "nce")
         optimizer.zero_grad()
         (total / count).backward()
         optimizer.step()
@@ -138,9 +136,7 @@ def test_samples_follow_the_distribution_and_respect_padding():
     drawn = space.sample(logits, {"mask": mask}, 4000, torch.Generator().manual_seed(0))
     assert drawn.shape == (4000, 1, 3, 3)
     frequency = drawn.mean(0)[0]
-    torch.testing.assert_close(
-        frequency[:2], torch.softmax(logits[0, :2], -1), atol=0.03, rtol=0.0
-    )
+    torch.testing.assert_close(frequency[:2], torch.softmax(logits[0, :2], -1), atol=0.03, rtol=0.0)
     assert frequency[2].abs().max() == 0.0
 
 
@@ -156,6 +152,13 @@ def test_padding_changes_no_energy_cost_or_likelihood():
         },
         target=torch.cat([batch.target, torch.zeros(4, 3).long()], 1),
     )
-    for loss in (objectives.mle, objectives.task, objectives.ssvm, lambda v: objectives.inner_terms(v)[1]):
-        values = [loss(players.view(b, players.inference_net(b.inputs), phi)) for b in (batch, longer)]
+    for loss in (
+        objectives.mle,
+        objectives.task,
+        objectives.ssvm,
+        lambda v: objectives.inner_terms(v)[1],
+    ):
+        values = [
+            loss(players.view(b, players.inference_net(b.inputs), phi)) for b in (batch, longer)
+        ]
         torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=1e-12)

@@ -2,13 +2,13 @@
 
 import math
 
+import problems
 import pytest
 import torch
 
 from ispen_dist.linalg.operators import build_operator, damped
 from ispen_dist.linalg.solution import Status
 from ispen_dist.linalg.solvers import CG, SOLVERS, Identity, Neumann
-import problems
 
 torch.set_default_dtype(torch.float64)
 
@@ -31,9 +31,7 @@ def test_every_solver_meets_every_operator(solver_name, curvature, task):
     problem = problems.build_problem(task, batch, batch)
     operator = build_operator(curvature, problem.inner, problem.theta, problem.phi)
     eye = torch.eye(problems.flatten(problem.theta).numel())
-    columns = [
-        problems.flatten(operator.matvec(problems.unflatten(e, problem.theta))) for e in eye
-    ]
+    columns = [problems.flatten(operator.matvec(problems.unflatten(e, problem.theta))) for e in eye]
     H = torch.stack(columns)
     eigenvalues = torch.linalg.eigvalsh(H)
     damping = max(0.0, -eigenvalues[0].item()) + 0.05 * eigenvalues[-1].item()

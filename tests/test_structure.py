@@ -60,9 +60,9 @@ def test_distribution_lives_in_one_folder(path):
     if unit_of(path) == "distributed":
         return
     for name in imported_names(path):
-        assert not any(
-            name == word or name.startswith(word + ".") for word in DISTRIBUTED_WORDS
-        ), f"{path.name} imports {name}; only ispen_dist/distributed may"
+        assert not any(name == word or name.startswith(word + ".") for word in DISTRIBUTED_WORDS), (
+            f"{path.name} imports {name}; only ispen_dist/distributed may"
+        )
 
 
 def test_linalg_knows_no_models_and_no_collectives():

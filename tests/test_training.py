@@ -96,7 +96,14 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     outer = [row for row in rows if row["phase"] == "train" and "outer_loss" in row]
     assert [row["step"] for row in outer] == [3, 4, 5, 6]
-    wanted = {"inner_loss", "energy", "stationarity", "solver_steps", "residual", "examples_per_second"}
+    wanted = {
+        "inner_loss",
+        "energy",
+        "stationarity",
+        "solver_steps",
+        "residual",
+        "examples_per_second",
+    }
     assert wanted <= outer[0].keys()
     assert any(row["implicit_norm"] > 0 for row in outer)
 
@@ -107,9 +114,7 @@ def test_the_model_loads_and_repeats_its_figures(finished):
     for split, expected in (("test", "test"), ("dev", "dev"), ("again", "test")):
         done = run(sys.executable, ROOT / "launcher" / "evaluate.py", folder, "--split", split)
         assert json.loads(done.stdout)["accuracy"] == summary[expected]["accuracy"]
-    done = run(
-        sys.executable, ROOT / "launcher" / "evaluate.py", folder, "--split", "no", expect=2
-    )
+    done = run(sys.executable, ROOT / "launcher" / "evaluate.py", folder, "--split", "no", expect=2)
     assert "expected one of train, dev, test, again, got 'no'" in done.stderr
 
 
@@ -119,14 +124,14 @@ def test_prediction_accepts_an_unlabelled_file_and_repeats_it_with_tags(finished
     source.write_text("the\ndog\nruns\n\nxyzzy\n")
     predict = [sys.executable, ROOT / "launcher" / "predict.py", folder, "--input", source]
     run(*predict, "--output", target, "--probabilities")
-    lines = target.read_text().splitlines()
+    lines = target.read_text().rstrip("\n").split("\n")
     assert [line.split("\t")[0] for line in lines] == ["the", "dog", "runs", "", "xyzzy"]
     for line in filter(None, lines):
         _, tag, probability = line.split("\t")
         assert tag in WORDS
         assert 1 / 3 <= float(probability) <= 1.0
     printed = run(*predict).stdout.splitlines()
-    assert printed == ["\t".join(line.split("\t")[:2]) for line in lines]
+    assert printed[: len(lines)] == ["\t".join(line.split("\t")[:2]) for line in lines]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, finished, tmp_path):
@@ -230,4 +235,4 @@ def test_a_damaged_model_is_refused_by_name(finished, tmp_path):
     with pytest.raises(ModelError, match=r"energy\.safetensors: expected the weights"):
         Predictor.from_pretrained(folder)
     with pytest.raises(ModelError, match=r"config\.json: expected the description"):
-        Predictor.from_pretrained(tmp_path)
+        Predictor.from_pretrained(tmp_path / "nothing")

@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
+import problems
 import torch
 from safetensors.torch import save_file
 
-import problems
 from ispen_dist import CG, hypergradient
 from ispen_dist.data.batch import Batch
 from ispen_dist.distributed import Session

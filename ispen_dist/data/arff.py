@@ -100,7 +100,7 @@ def _targets(content: ArffContent, names: Sequence[str]) -> sparse.csr_matrix:
         entry = Entry(entry.row, columns[entry.column], entry.value)
         raise content.error(entry, "0 or 1 as the value of a label")
     targets.eliminate_zeros()
-    return targets.astype(np.uint8)
+    return sparse.csr_matrix(targets, dtype=np.uint8)
 
 
 def read_label_names(path: str | Path) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ generators are fast enough (bibtex and delicious in about a second each) but lea
 their errors. A counting stream puts it back.
 """
 
-import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ _EXPECTED = {
 }
 
 
-class _Stream(io.StringIO):
+class _Stream:
     """The lines of one ARFF file on their way to liac-arff.
 
     Two things are smoothed in the header: liac-arff wants a blank, not a tab, after a keyword, and
@@ -42,17 +41,16 @@ class _Stream(io.StringIO):
     """
 
     def __init__(self, path: str | Path) -> None:
-        super().__init__(open_text(path).getvalue())
         self.path = path
+        self.lines = open_text(path).readlines()
         self.line = 0
         self.text = ""
         self.attribute_lines: list[int] = []
         self.in_header = True
 
     def __iter__(self) -> Iterator[str]:
-        while text := self.readline():
-            self.line += 1
-            self.text = text
+        for line, text in enumerate(self.lines, start=1):
+            self.line, self.text = line, text
             yield self._smoothed() if self.in_header else text
 
     def _smoothed(self) -> str:
@@ -121,7 +119,7 @@ def read_content(path: str | Path) -> ArffContent:
 
 def _is_sparse(stream: _Stream) -> bool:
     """Return whether the first row is sparse, and that there is one."""
-    lines = (line.strip() for line in stream.getvalue().split("\n"))
+    lines = (line.strip() for line in stream.lines)
     rows = dropwhile(lambda line: not line.lower().startswith("@data"), lines)
     next(rows, None)
     first = next((row for row in rows if row and not row.startswith("%")), None)

@@ -28,14 +28,14 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         inputs = {key: function(value) for key, value in self.inputs.items()}
-        return Batch(
-            inputs, function(self.target), function(self.weight), function(self.index)
-        )
+        return Batch(inputs, function(self.target), function(self.weight), function(self.index))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         """Move to a device; floating-point tensors take the given type."""
         return self._map(
-            lambda x: x.to(device, dtype, non_blocking=True)
-            if x.is_floating_point()
-            else x.to(device, non_blocking=True)
+            lambda x: (
+                x.to(device, dtype, non_blocking=True)
+                if x.is_floating_point()
+                else x.to(device, non_blocking=True)
+            )
         )

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -15,7 +16,7 @@ from sklearn.datasets import dump_svmlight_file, load_svmlight_file
 
 from ispen_dist.data.errors import DataError, open_text
 from ispen_dist.data.output_file import replacing
-from ispen_dist.data.tables import Matrix, MultiLabelTable, first_entry, not_finite
+from ispen_dist.data.tables import Matrix, MultiLabelTable, dimensions, first_entry, not_finite
 
 _HEADER = re.compile(rb"\s*(\d+)\s+(\d+)\s+(\d+)\s*")
 
@@ -70,11 +71,12 @@ def read_svmlight(
     features = _sized(path, features, row_lines, num_features, zero_based)
     targets = _targets(path, labels, row_lines, num_labels)
     start = 0 if zero_based else 1
+    num_features, num_labels = dimensions(features)[1], dimensions(targets)[1]
     return MultiLabelTable(
         features=features,
         targets=targets if targets.nnz else None,
-        label_names=tuple(map(str, range(targets.shape[1]))),
-        feature_names=tuple(map(str, range(start, start + features.shape[1]))),
+        label_names=tuple(map(str, range(num_labels))),
+        feature_names=tuple(map(str, range(start, start + num_features))),
         path=str(path),
     )
 
@@ -101,10 +103,9 @@ def _loaded(
     path: str | Path, lines: list[bytes], zero_based: bool
 ) -> tuple[sparse.csr_matrix, Sequence[tuple[float, ...]]]:
     stream = _CountedLines(b"\n".join(lines))
+    settings: dict[str, Any] = {"dtype": np.float32, "zero_based": zero_based}
     try:
-        features, labels = load_svmlight_file(
-            stream, dtype=np.float32, multilabel=True, zero_based=zero_based
-        )
+        features, labels = load_svmlight_file(stream, multilabel=True, **settings)
     except (ValueError, OverflowError) as error:
         text = lines[stream.line - 1].decode().strip()
         shown = text if len(text) <= 60 else text[:57] + "..."
@@ -124,7 +125,8 @@ def _sized(
 ) -> sparse.csr_matrix:
     """Return the features with D columns, after a look at indices and values."""
     start = 0 if zero_based else 1
-    size = features.shape[1] if num_features is None else num_features
+    num_rows, num_found = dimensions(features)
+    size = num_found if num_features is None else num_features
     if (features.indices >= size).any():
         place = int(np.argmax(features.indices >= size))
         row = int(np.searchsorted(features.indptr, place, side="right")) - 1
@@ -138,7 +140,7 @@ def _sized(
             f"got {entry.value:g} for feature {entry.column + start}; mend or drop the row",
         )  # fmt: skip
     arrays = (features.data, features.indices, features.indptr)
-    return sparse.csr_matrix(arrays, shape=(features.shape[0], size))
+    return sparse.csr_matrix(arrays, shape=(num_rows, size))
 
 
 def _targets(
@@ -189,6 +191,7 @@ def write_svmlight(
         DataError: for another shape or other values.
     """
     targets = table.with_targets(predictions).targets
+    assert targets is not None
     if probabilities is not None:
         table.check_probabilities(probabilities)
     buffer = io.BytesIO()

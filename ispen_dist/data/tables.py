@@ -51,6 +51,14 @@ class Sentence:
         return self.token_lines[position] if self.token_lines else self.line + position
 
 
+def dimensions(matrix: Matrix) -> tuple[int, int]:
+    """Return the numbers of rows and columns."""
+    shape = matrix.shape
+    # SciPy's declaration allows None.
+    assert shape is not None
+    return shape[0], shape[1]
+
+
 @dataclass(frozen=True)
 class Entry:
     """One number of a matrix: where it stands, counted from zero, and its value."""
@@ -75,7 +83,8 @@ def first_entry(matrix: Matrix, is_wrong: Callable[[np.ndarray], np.ndarray]) ->
     if isinstance(matrix, sparse.csr_matrix):
         row = int(np.searchsorted(matrix.indptr, place, side="right")) - 1
         return Entry(row, int(matrix.indices[place]), values[place].item())
-    return Entry(*divmod(place, matrix.shape[1]), values[place].item())
+    row, column = divmod(place, dimensions(matrix)[1])
+    return Entry(row, column, values[place].item())
 
 
 def not_finite(values: np.ndarray) -> np.ndarray:
@@ -107,7 +116,7 @@ class MultiLabelTable:
     path: str = ""
 
     def __post_init__(self) -> None:
-        num_rows = self.features.shape[0]
+        num_rows = len(self)
         self._check_matrix("features", self.features, np.float32, num_rows, self.feature_names)
         if self.targets is not None:
             self._check_matrix("targets", self.targets, np.uint8, num_rows, self.label_names)
@@ -144,7 +153,7 @@ class MultiLabelTable:
 
     def __len__(self) -> int:
         """N."""
-        return self.features.shape[0]
+        return dimensions(self.features)[0]
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> "MultiLabelTable":
         """Return the table of the given rows, in the given order."""
@@ -190,22 +199,26 @@ class MultiLabelTable:
     def check_columns(self, label_names: Sequence[str], feature_names: Sequence[str]) -> None:
         """Raise unless the columns are these, in this order.
 
+        The labels of unlabelled data are not looked at.
+
         Raises:
             DataError: with the first column that differs.
         """
-        pairs = (("label", self.label_names, label_names),
-                 ("feature", self.feature_names, feature_names))  # fmt: skip
-        for kind, own, expected in pairs:
-            if len(own) != len(expected):
-                problem = f"expected {len(expected)} {kind}s, got {len(own)}"
-            elif tuple(own) != tuple(expected):
-                place = next(i for i, name in enumerate(own) if name != expected[i])
-                problem = f"expected {kind} {place} to be {expected[place]!r}, got {own[place]!r}"
-            else:
-                continue
-            raise DataError(
-                self.path, None, f"{problem}; use files with the same columns in the same order"
-            )
+        if self.targets is not None:
+            self._check_names("label", self.label_names, label_names)
+        self._check_names("feature", self.feature_names, feature_names)
+
+    def _check_names(self, kind: str, own: Sequence[str], expected: Sequence[str]) -> None:
+        if tuple(own) == tuple(expected):
+            return
+        if len(own) != len(expected):
+            problem = f"expected {len(expected)} {kind}s, got {len(own)}"
+        else:
+            place = next(i for i, name in enumerate(own) if name != expected[i])
+            problem = f"expected {kind} {place} to be {expected[place]!r}, got {own[place]!r}"
+        raise DataError(
+            self.path, None, f"{problem}; use files with the same columns in the same order"
+        )
 
     def concatenate(self, others: Sequence["MultiLabelTable"]) -> "MultiLabelTable":
         """Return this table with the rows of others below it, as split files count them.
@@ -213,17 +226,17 @@ class MultiLabelTable:
         Raises:
             DataError: where columns differ, or only some of the tables are labelled.
         """
-        tables = [self, *others]
         for other in others:
-            other.check_columns(self.label_names, self.feature_names)
             if (other.targets is None) != (self.targets is None):
                 pair = ("no labels", "some") if self.targets is None else ("labels", "none")
                 raise DataError(
                     other.path, None, f"expected {pair[0]}, as in {self.path}, got {pair[1]}; "
                     "label all files or none of them",
                 )  # fmt: skip
+            other.check_columns(self.label_names, self.feature_names)
         if not others:
             return self
+        tables = [self, *others]
         targets = [table.targets for table in tables if table.targets is not None]
         return replace(
             self,
@@ -233,6 +246,7 @@ class MultiLabelTable:
 
 
 def _stacked(parts: Sequence[Matrix]) -> Matrix:
-    if any(sparse.issparse(part) for part in parts):
-        return sparse.csr_matrix(sparse.vstack(parts, format="csr"))
-    return np.concatenate(parts)
+    dense = [part for part in parts if isinstance(part, np.ndarray)]
+    if len(dense) == len(parts):
+        return np.concatenate(dense)
+    return sparse.csr_matrix(sparse.vstack(parts, format="csr"))

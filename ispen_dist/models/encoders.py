@@ -32,9 +32,7 @@ class TokenEmbedding(nn.Module):
             rest scaled up.
     """
 
-    def __init__(
-        self, num_buckets: int, embedding_size: int, feature_dropout: float = 0.0
-    ) -> None:
+    def __init__(self, num_buckets: int, embedding_size: int, feature_dropout: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(num_buckets, embedding_size) * 0.1)
         self.feature_dropout = nn.Dropout(feature_dropout)

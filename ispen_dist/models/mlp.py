@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -44,7 +43,11 @@ class MLP(nn.Module):
         layers: list[nn.Module] = [nn.Dropout(feature_dropout)]
         width = num_features
         for _ in range(num_layers):
-            layers += [nn.Linear(width, hidden_size), ACTIVATIONS[activation](), nn.Dropout(dropout)]
+            layers += [
+                nn.Linear(width, hidden_size),
+                ACTIVATIONS[activation](),
+                nn.Dropout(dropout),
+            ]
             width = hidden_size
         self.layers = nn.Sequential(*layers, nn.Linear(width, num_labels))
 
