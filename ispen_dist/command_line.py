@@ -107,9 +107,10 @@ def _flag_values(flags: Sequence[str]) -> dict[str, Any]:
             value = yaml.safe_load(text) if text else ""
         except yaml.YAMLError:
             value = text
+        nested: Any = value
         for part in reversed(key.split(".")):
-            value = {part: value}
-        values = _merged(values, value)
+            nested = {part: nested}
+        values = _merged(values, nested)
     return values
 
 

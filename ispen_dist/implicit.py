@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ispen_dist.linalg.operators import Loss, build_operator, damped, pull_back
-from ispen_dist.linalg.reduction import OneProcess, Reduction, own_share, sum_tree
+from ispen_dist.linalg.reduction import OneProcess, Reduction, own_share
 from ispen_dist.linalg.solution import Solution, Status
 from ispen_dist.linalg.solvers import CG, Solver
 from ispen_dist.linalg.trees import Tree, add_scaled, as_leaves
@@ -138,14 +138,11 @@ def outer_gradients(
     reduction = reduction or OneProcess()
     theta, phi = as_leaves(theta), as_leaves(phi)
     share = own_share(outer_loss(theta, phi), reduction, "outer_loss")
-    both = {("theta", k): v for k, v in theta.items()} | {("phi", k): v for k, v in phi.items()}
+    both = {f"theta.{k}": v for k, v in theta.items()} | {f"phi.{k}": v for k, v in phi.items()}
     own = pull_back([share], both, [torch.ones_like(share)])
-    total = sum_tree(own | {("value", ""): share.detach()}, reduction)
-    return (
-        total[("value", "")],
-        {k: total[("theta", k)] for k in theta},
-        {k: total[("phi", k)] for k in phi},
-    )
+    value, *sums = reduction.sum([share.detach(), *own.values()])
+    d_theta = dict(zip(theta, sums[: len(theta)], strict=True))
+    return value, d_theta, dict(zip(phi, sums[len(theta) :], strict=True))
 
 
 def unrolled_hypergradient(

@@ -6,7 +6,8 @@ samples from the independent distribution P of the inference network and ybar = 
     inner  L_MLE(y, ybar) + lambda E(x, ybar)
 
     ssvm   [ m cost(ybar, y) - E(x, ybar) + E(x, y) ]_+
-    dvn    cross-entropy of the true score 1 - cost(ybar, y) against the predicted sigmoid(-E(x, ybar))
+    dvn    cross-entropy of the true score 1 - cost(ybar, y) against the predicted one,
+           sigmoid(-E(x, ybar))
     cd     -log softmax over {y, y_1..y_S}:  -E(x, y_k) + m cost(y_k, y),   gold first
     nce    -log softmax over {y, y_1..y_S}:  -E(x, y_k) - log P(y_k | x),   gold first
     task   cost(ybar, y)

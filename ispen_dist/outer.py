@@ -101,7 +101,7 @@ def inner_loss_at(players: Players, batch: Batch) -> ComposedLoss:
 
 
 def outer_loss_at(players: Players, batch: Batch, generator: torch.Generator) -> Loss:
-    """Return L on a batch as a function of (theta, phi), with dropout if `outer.dropout` says so."""
+    """Return L on a batch as a function of (theta, phi), with or without dropout."""
     config = players.config.outer
 
     def loss(theta: Tree, phi: Tree) -> LossValue:

@@ -10,6 +10,7 @@ from ispen_dist.config import Config
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Codec
 from ispen_dist.linalg.trees import Tree
+from ispen_dist.models.energies import EnergyNetwork
 from ispen_dist.models.output_spaces import OutputSpace
 from ispen_dist.models.registry import build_energy, build_network, output_space
 from ispen_dist.objectives import View
@@ -27,7 +28,7 @@ class Players:
     """
 
     inference_net: nn.Module
-    energy: nn.Module
+    energy: EnergyNetwork
     space: OutputSpace
     config: Config
 

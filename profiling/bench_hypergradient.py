@@ -78,18 +78,15 @@ class Problem:
         ).value
 
 
-def build_problem(config: Config, batch_size: int, device: torch.device, dtype: str) -> Problem:
+def build_problem(
+    config: Config, batch_size: int, device: torch.device, dtype: torch.dtype
+) -> Problem:
     """Build a random problem; its values do not depend on the type."""
-    config = replace(config, train=replace(config.train, dtype=dtype))
+    config = replace(config, train=replace(config.train, dtype="float32"))
     names = tuple(map(str, range(NUM_FEATURES)))
     players = build_players(config, MultiLabelCodec(names[:NUM_LABELS], names), device)
-    double = build_players(
-        replace(config, train=replace(config.train, dtype="float32")),
-        MultiLabelCodec(names[:NUM_LABELS], names),
-        device,
-    )
-    players.inference_net.load_state_dict(double.inference_net.state_dict())
-    players.energy.load_state_dict(double.energy.state_dict())
+    players.inference_net.to(dtype)
+    players.energy.to(dtype)
     draw = torch.Generator().manual_seed(0)
     features = torch.rand(batch_size, NUM_FEATURES, generator=draw) < NUM_ACTIVE / NUM_FEATURES
     target = torch.rand(batch_size, NUM_LABELS, generator=draw) < NUM_GOLD / NUM_LABELS
@@ -98,7 +95,7 @@ def build_problem(config: Config, batch_size: int, device: torch.device, dtype: 
         target.float(),
         torch.ones(batch_size),
         torch.arange(batch_size),
-    ).to(device, next(players.inference_net.parameters()).dtype)
+    ).to(device, dtype)
     phi = {
         k: v.detach() + 0.1 * torch.randn(v.shape, generator=draw).to(v)
         for k, v in players.phi.items()
@@ -189,8 +186,8 @@ def rows(problem_name: str, problem: Problem, errors: dict[str, float], repetiti
 
 def check(config: Config, batch_size: int, device: torch.device) -> tuple[Problem, dict]:
     """Compare every result with float64 and refuse to go on where one is wrong."""
-    single = build_problem(config, batch_size, device, "float32")
-    double = build_problem(config, batch_size, device, "float64")
+    single = build_problem(config, batch_size, device, torch.float32)
+    double = build_problem(config, batch_size, device, torch.float64)
     reference = {name: function() for name, function in measured_work(double).items()}
     errors = {
         name: relative_error(function(), reference[name])

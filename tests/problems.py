@@ -100,7 +100,7 @@ def multilabel_codec() -> MultiLabelCodec:
 
 
 def multilabel_config(**outer: object) -> Config:
-    net = NetworkConfig(name="mlp", hidden_size=3)
+    net = NetworkConfig(name="mlp", hidden_size=3, activation="softplus")
     return Config(
         data=DataConfig(task="multilabel", format="npz", train=["x.npz"]),
         inference_net=net,

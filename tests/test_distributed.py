@@ -51,8 +51,7 @@ def start_ranks(script: Path, num_ranks: int, *arguments: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference():
-    torch.set_default_dtype(torch.float64)
+def reference(float64):
     return worker_hypergradient.one_rank()
 
 

@@ -10,11 +10,11 @@ import torch
 import ispen_dist
 from ispen_dist.linalg.operators import HessianOperator, build_operator, symmetry_defect
 
-torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture(scope="module", params=["multilabel", "bilstm"])
-def solved(request):
+def solved(request, float64):
     """A tiny problem of each task at its inner optimum, with ridge so that H > 0."""
     batch = problems.random_batch(request.param, 6, 0)
     problem = problems.build_problem(
@@ -201,8 +201,9 @@ def test_each_loss_is_called_once_so_that_dropout_is_frozen():
 
 def test_symmetry_probe_sees_fresh_randomness():
     class Redrawn:
-        value = torch.zeros(())
-        gradient = {"w": torch.zeros(20)}
+        def __init__(self):
+            self.value = torch.zeros(())
+            self.gradient = {"w": torch.zeros(20)}
 
         def matvec(self, v):
             return {"w": torch.randn(20, 20) @ v["w"]}

@@ -10,7 +10,7 @@ from ispen_dist.linalg.operators import build_operator, damped
 from ispen_dist.linalg.solution import Status
 from ispen_dist.linalg.solvers import CG, SOLVERS, Identity, Neumann
 
-torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("float64")
 
 TIGHT = {
     "cg": lambda largest: CG(2000, 1e-13),
@@ -56,7 +56,7 @@ def diagonal(*entries):
     return lambda v: {"w": d * v["w"]}
 
 
-ONES = {"w": torch.ones(3)}
+ONES = {"w": torch.ones(3, dtype=torch.float64)}
 
 
 def test_cg_stops_on_negative_curvature_with_the_last_good_iterate():

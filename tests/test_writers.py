@@ -85,16 +85,14 @@ def test_conllu_probabilities_go_into_misc(tmp_path):
     assert path.read_bytes().decode() == expected
 
 
-@pytest.mark.parametrize("tag", ["upos", "xpos"])
-def test_real_conllu_with_its_own_tags_is_the_same_file(shared_data, tag, tmp_path):
-    source, path = shared_data / "ud_english_ewt" / "en_ewt-ud-dev.conllu.gz", tmp_path / "copy"
-    sentences = read_conllu(source, tag)
-    write_conllu(source, path, [s.tags for s in sentences], tag=tag)
+def test_real_conllu_with_its_own_tags_is_the_same_file(shared_data, tmp_path):
+    source, path = shared_data / "ud_english_ewt" / "en_ewt-ud-test.conllu.gz", tmp_path / "copy"
+    sentences = read_conllu(source, "xpos")
+    write_conllu(source, path, [s.tags for s in sentences], tag="xpos")
     assert path.read_bytes() == gzip.decompress(source.read_bytes())
-    write_conllu(source, path, [["Q"] * len(s.tokens) for s in sentences], tag=tag)
-    assert {t for s in read_conllu(path, tag) for t in s.tags or ()} == {"Q"}
-    other = {"upos": "xpos", "xpos": "upos"}[tag]
-    assert read_conllu(path, other) == read_conllu(source, other)
+    write_conllu(source, path, [["Q"] * len(s.tokens) for s in sentences], tag="upos")
+    assert {t for s in read_conllu(path, "upos") for t in s.tags or ()} == {"Q"}
+    assert read_conllu(path, "xpos") == sentences
 
 
 # Tables

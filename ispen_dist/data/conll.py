@@ -146,9 +146,9 @@ def _words(path: str | Path, block: Lines) -> Words:
                 path, number, f"expected {_NUM_COLUMNS} columns apart by tabs, got {len(row)}; "
                 "mend the line, or read the file with data.format=conll",
             )  # fmt: skip
-        if _NOT_A_WORD.fullmatch(row[0]):
-            continue
         if row[0] != str(len(words) + 1):
+            if _NOT_A_WORD.fullmatch(row[0]):
+                continue
             raise DataError(
                 path, number, f"expected word number {len(words) + 1}, got {row[0]!r}; number the "
                 "words of a sentence from 1 and put a blank line after it",

@@ -20,7 +20,7 @@ from ispen_dist.data.errors import DataError, read_bytes
 from ispen_dist.data.output_file import replacing
 from ispen_dist.data.tables import Matrix, MultiLabelTable, first_entry, not_binary, not_finite
 
-_DAMAGED = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
+_DAMAGED = (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def read_npz(path: str | Path, label_names: Sequence[str] | None = None) -> MultiLabelTable:

@@ -55,18 +55,12 @@ def read_svmlight(
     """
     lines = open_text(path).getvalue().encode().split(b"\n")
     row_lines = [i for i, line in enumerate(lines, 1) if line.partition(b"#")[0].strip()]
-    if not row_lines:
-        raise DataError(path, None, "expected at least one row, got comments only")
-    if header := _HEADER.fullmatch(lines[row_lines[0] - 1]):
-        num_rows, num_features, num_labels = _sizes(
-            path, row_lines[0], header, num_features, num_labels
-        )
-        if num_rows != len(row_lines) - 1:
-            raise DataError(
-                path, row_lines[0], f"expected {num_rows} rows, as this line says, got "
-                f"{len(row_lines) - 1}; is the file cut off, or a row blank?",
-            )  # fmt: skip
+    if row_lines and (header := _HEADER.fullmatch(lines[row_lines[0] - 1])):
+        sizes = (len(row_lines) - 1, num_features, num_labels)
+        num_features, num_labels = _sizes(path, row_lines[0], header, sizes)
         lines[row_lines.pop(0) - 1] = b""
+    if not row_lines:
+        raise DataError(path, None, "expected at least one row, got none; is the file cut off?")
     features, labels = _loaded(path, lines, zero_based)
     features = _sized(path, features, row_lines, num_features, zero_based)
     targets = _targets(path, labels, row_lines, num_labels)
@@ -82,21 +76,19 @@ def read_svmlight(
 
 
 def _sizes(
-    path: str | Path,
-    line: int,
-    header: re.Match[bytes],
-    num_features: int | None,
-    num_labels: int | None,
-) -> tuple[int, int, int]:
-    """Return N, D and L of the first line; they must be what the settings say."""
-    num_rows, *found = map(int, header.groups())
-    settings = (("num_features", num_features), ("num_labels", num_labels))
-    for (setting, expected), got in zip(settings, found, strict=True):
-        if expected is not None and expected != got:
-            raise DataError(
-                path, line, f"expected {setting} {expected}, got {got}; change data.{setting}"
-            )
-    return num_rows, found[0], found[1]
+    path: str | Path, line: int, header: re.Match[bytes], known: tuple[int, int | None, int | None]
+) -> tuple[int, int]:
+    """Return D and L of the first line, which must agree with the rows and the settings."""
+    found = tuple(map(int, header.groups()))
+    advice = (
+        ("rows", "there are", "is the file cut off, or a row blank?"),
+        ("features", "the setting says", "change data.num_features"),
+        ("labels", "the setting says", "change data.num_labels"),
+    )
+    for expected, got, (what, source, do) in zip(known, found, advice, strict=True):
+        if expected not in (None, got):
+            raise DataError(path, line, f"expected {expected} {what} as {source}, got {got}; {do}")
+    return found[1], found[2]
 
 
 def _loaded(

@@ -113,7 +113,7 @@ class MultiLabelTable:
     targets: sparse.csr_matrix | None
     label_names: tuple[str, ...]
     feature_names: tuple[str, ...]
-    path: str = ""
+    path: str = "(in memory)"
 
     def __post_init__(self) -> None:
         num_rows = len(self)

@@ -2,39 +2,47 @@
 
 Called as `energy(inputs, y)` with `y` relaxed or gold, (B, ...) or with a leading sample
 dimension (S, B, ...); the features of x are computed once for all samples. `local_logits(inputs)`
-gives the local potentials, which are pre-trained as the logits of an independent model, and
-`local_parameters()` names what belongs to them.
+gives the local potentials, which are pre-trained as the logits of an independent model.
 
 To add one: write the module here or in a file of its own, and add a row to `models/registry.py`.
 Shapes: B batch, T tokens, K tags, L labels, M interaction units, S samples.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class EnergyNetwork(Protocol):
-    """The interface of an energy; implementations are `nn.Module`s."""
+class EnergyNetwork(nn.Module, ABC):
+    """The interface of an energy.
 
-    def __call__(self, inputs: Mapping[str, Tensor], y: Tensor) -> Tensor:
-        """Return energies (B,) or (S, B)."""
-        ...
+    Args:
+        feature_network: `inputs -> local potentials`, shaped like the logits of the inference
+            network; pre-trained on its own.
+    """
+
+    def __init__(self, feature_network: nn.Module) -> None:
+        super().__init__()
+        self.feature_network = feature_network
 
     def local_logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the local potentials, shaped like the logits of the inference network."""
-        ...
+        """Return the local potentials `b(x)`, shaped like the logits of the inference network."""
+        return self.feature_network(inputs)
 
+    @abstractmethod
+    def forward(self, inputs: Mapping[str, Tensor], y: Tensor) -> Tensor:
+        """Return energies (B,) of y (B, ...), or (S, B) of y (S, B, ...)."""
+
+    @abstractmethod
     def interaction(self) -> Tensor:
         """Return the learned interaction between output variables as a matrix, for pictures."""
-        ...
 
 
-class LabelInteractionEnergy(nn.Module):
+class LabelInteractionEnergy(EnergyNetwork):
     """Multi-label SPEN energy, `E = - y^T (b(x) + c) + v^T softplus(M y)`.
 
     Belanger and McCallum (2016); arXiv 2211.11649, Section 4. `b` is a feature network of the
@@ -47,15 +55,10 @@ class LabelInteractionEnergy(nn.Module):
     """
 
     def __init__(self, feature_network: nn.Module, num_labels: int, num_units: int) -> None:
-        super().__init__()
-        self.feature_network = feature_network
+        super().__init__(feature_network)
         self.label_bias = nn.Parameter(torch.zeros(num_labels))
         self.M = nn.Parameter(torch.randn(num_units, num_labels) / math.sqrt(num_labels))
         self.v = nn.Parameter(torch.zeros(num_units))
-
-    def local_logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return `b(x)`, (B, L)."""
-        return self.feature_network(inputs)
 
     def global_energy(self, y: Tensor) -> Tensor:
         """Return `v^T softplus(M y)` per example."""
@@ -71,7 +74,7 @@ class LabelInteractionEnergy(nn.Module):
         return (self.M.T * (self.v / 4.0)) @ self.M
 
 
-class LinearChainEnergy(nn.Module):
+class LinearChainEnergy(EnergyNetwork):
     """Tagging energy, `E = - (sum_t y_t . U b(x,t) + sum_t y_{t-1}^T W y_t)`.
 
     Tu and Gimpel (2018); arXiv 2211.11649, Section 4. The first sum holds local potentials from a
@@ -83,14 +86,9 @@ class LinearChainEnergy(nn.Module):
     """
 
     def __init__(self, feature_network: nn.Module, num_tags: int) -> None:
-        super().__init__()
-        self.feature_network = feature_network
+        super().__init__(feature_network)
         self.label_bias = nn.Parameter(torch.zeros(num_tags))
         self.W = nn.Parameter(torch.zeros(num_tags, num_tags))
-
-    def local_logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the local potentials, (B, T, K)."""
-        return self.feature_network(inputs)
 
     def forward(self, inputs: Mapping[str, Tensor], y: Tensor) -> Tensor:
         """Return energies (B,) of y (B, T, K), or (S, B) of y (S, B, T, K).

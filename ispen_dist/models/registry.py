@@ -10,7 +10,7 @@ from torch import nn
 
 from ispen_dist.config import EnergyConfig, NetworkConfig
 from ispen_dist.data.datasets import Codec, TaggingCodec
-from ispen_dist.models.energies import LabelInteractionEnergy, LinearChainEnergy
+from ispen_dist.models.energies import EnergyNetwork, LabelInteractionEnergy, LinearChainEnergy
 from ispen_dist.models.mlp import MLP
 from ispen_dist.models.output_spaces import LabelSets, OutputSpace, TagSequences
 from ispen_dist.models.taggers import BiLSTMTagger, TransformerTagger
@@ -53,12 +53,12 @@ def _transformer(config: NetworkConfig, codec: Codec) -> nn.Module:
     )
 
 
-def _label_interaction(config: EnergyConfig, codec: Codec) -> nn.Module:
+def _label_interaction(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
     features = build_network(config.features, codec)
     return LabelInteractionEnergy(features, codec.num_outputs, config.num_units)
 
 
-def _linear_chain(config: EnergyConfig, codec: Codec) -> nn.Module:
+def _linear_chain(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
     return LinearChainEnergy(build_network(config.features, codec), codec.num_outputs)
 
 
@@ -67,7 +67,7 @@ NETWORKS: dict[str, Callable[[NetworkConfig, Codec], nn.Module]] = {
     "bilstm": _bilstm,
     "transformer": _transformer,
 }
-ENERGIES: dict[str, Callable[[EnergyConfig, Codec], nn.Module]] = {
+ENERGIES: dict[str, Callable[[EnergyConfig, Codec], EnergyNetwork]] = {
     "label_interaction": _label_interaction,
     "linear_chain": _linear_chain,
 }
@@ -78,8 +78,8 @@ def build_network(config: NetworkConfig, codec: Codec) -> nn.Module:
     return NETWORKS[config.name](config, codec)
 
 
-def build_energy(config: EnergyConfig, codec: Codec) -> nn.Module:
-    """Build an energy network; frozen local potentials take no gradient."""
+def build_energy(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
+    """Build an energy network."""
     return ENERGIES[config.name](config, codec)
 
 
