@@ -64,6 +64,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
 def _parser(with_settings: bool) -> ArgumentParser:
     parser = ArgumentParser(
         prog="launcher/train.py",
+        usage="launcher/train.py --config FILE [--output DIR] [--resume auto|none|PATH] "
+        "[--print-config] [--SECTION.FIELD=VALUE ...]",
         description="Train an energy network and its inference network. Every setting below "
         "stands in the YAML file and can be given as a flag, which wins.",
     )
@@ -170,14 +172,19 @@ def _check_names(values: Mapping[str, Any], prefix: str = "") -> None:
     for key, value in values.items():
         name = f"{prefix}{key}"
         if name not in _NAMES:
-            near = difflib.get_close_matches(name, _NAMES, 1, 0.0)
-            raise ConfigError(
-                f"{name}: expected a known setting, got this; the nearest is {near[0]}"
-            )
+            raise ConfigError(f"{name}: no such setting; the nearest is {_nearest(name, prefix)}")
         if _NAMES[name]:
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{name}: expected a section with settings, got {value!r}")
             _check_names(value, f"{name}.")
+
+
+def _nearest(name: str, prefix: str) -> str:
+    """Return the known name most like an unknown one, of its own section if any is alike."""
+    siblings = [n for n in _NAMES if n.startswith(prefix) and "." not in n[len(prefix) :]]
+    keys = {n[len(prefix) :]: n for n in siblings}
+    near = difflib.get_close_matches(name[len(prefix) :], keys, 1, 0.25)
+    return keys[near[0]] if near else difflib.get_close_matches(name, _NAMES, 1, 0.0)[0]
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:

@@ -74,6 +74,14 @@ class DataConfig:
         _check_ranges(
             "data", self, dev_fraction=(0.0, 0.9), token_column=(0, _ANY), tag_column=(0, _ANY)
         )
+        if not self.dev and not self.split_file:
+            _check(
+                self.dev_fraction > 0.0,
+                "data.dev_fraction",
+                "a number above 0 without data.dev and data.split_file",
+                self.dev_fraction,
+                "a dev set selects the model",
+            )
         formats = {"tagging": ("conll", "conllu"), "multilabel": ("arff", "svmlight", "npz")}
         _check(
             self.format in formats[self.task],
@@ -127,9 +135,10 @@ class NetworkConfig:
     feature_dropout: float = 0.0
     """Dropout rate of whole input features."""
 
-    def __post_init__(self) -> None:
+    def check(self, section: str) -> None:
+        """Check the settings; `section` is the name they have in messages."""
         _check_ranges(
-            "network",
+            section,
             self,
             hidden_size=(1, _ANY),
             num_layers=(1, _ANY),
@@ -172,9 +181,10 @@ class OptimizerConfig:
     clip_norm: float = 5.0
     """Limit on the gradient's norm; 0 switches clipping off."""
 
-    def __post_init__(self) -> None:
+    def check(self, section: str) -> None:
+        """Check the settings; `section` is the name they have in messages."""
         _check_ranges(
-            "optimizer",
+            section,
             self,
             learning_rate=(0.0, _ANY),
             weight_decay=(0.0, _ANY),
@@ -201,6 +211,7 @@ class InnerConfig:
     leaves it at its initial values."""
 
     def __post_init__(self) -> None:
+        self.optimizer.check("inner.optimizer")
         _check_ranges(
             "inner",
             self,
@@ -281,6 +292,7 @@ class OuterConfig:
     """Share of train kept from the inner problem for the outer loss; 0 uses the training data."""
 
     def __post_init__(self) -> None:
+        self.optimizer.check("outer.optimizer")
         _check_ranges(
             "outer",
             self,
@@ -370,6 +382,7 @@ class Config:
             ("inference_net", self.inference_net),
             ("energy.features", self.energy.features),
         ):
+            network.check(setting)
             _check(
                 network.name in networks,
                 f"{setting}.name",

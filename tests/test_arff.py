@@ -114,6 +114,7 @@ ARFF_ERRORS = {
     "attribute twice": (HEADER + "@attribute cat real\n@data\n1", 5, "each attribute name", "cat"),
     "attribute type": (HEADER + "@attribute day date\n@data\n1", 5, "of type numeric", "date"),
     "attribute without a type": (HEADER + "@attribute fur\n@data\n1", 5, "@attribute NAME", "fur"),
+    "no values declared": (HEADER.replace("{0,1}", "{}") + "@data\n0,1,0", 2, "ARFF", "cat {}"),
     "misspelt keyword": (HEADER + "@atribute fur real\n@data\n{1 1}", 5, "@attribute", "fur real"),
     "no data": (DENSE, None, "rows after a line @data", "none"),
     "no line @data": (HEADER, None, "rows after a line @data", "none"),
@@ -132,6 +133,7 @@ XML_ERRORS = {
     "cut off": ("<labels>\n<label name='a'>\n", 3, "well-formed XML", "no element found"),
     "no labels": ("<labels/>", None, "elements <label", "no labels"),
     "no name": ("<labels><label name='a'/><label/></labels>", None, "elements <label", "label 1"),
+    "empty name": ("<labels><label name=''/></labels>", None, "elements <label", "label 0"),
     "twice": ("<l><label name='a'/><label name='a'/></l>", None, "each label once", "'a' twice"),
 }
 

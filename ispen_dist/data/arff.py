@@ -1,5 +1,6 @@
 """Multi-label ARFF files with the Mulan XML file that names the labels."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,13 +120,14 @@ def read_label_names(path: str | Path) -> tuple[str, ...]:
     labels = [node for node in root.iter() if node.tag.rpartition("}")[2] == "label"]
     names = [label.get("name") for label in labels]
     if not names or not all(names):
-        found = f"label {names.index(None)} without one" if names else "no labels"
+        nameless = next((i for i, name in enumerate(names) if not name), None)
+        found = "no labels" if nameless is None else f"label {nameless} without one"
         raise DataError(path, None, f'expected elements <label name="...">, got {found}')
-    distinct = [name for name in names if name]
-    for name in distinct:
-        if distinct.count(name) > 1:
-            raise DataError(path, None, f"expected each label once, got {name!r} twice")
-    return tuple(distinct)
+    present = tuple(name for name in names if name)
+    name, times = Counter(present).most_common(1)[0]
+    if times > 1:
+        raise DataError(path, None, f"expected each label once, got {name!r} twice")
+    return present
 
 
 def write_arff(

@@ -146,7 +146,7 @@ def _guarded(stream: _Stream, parse: Callable[[], _Parsed]) -> _Parsed:
         raise
     except arff.BadDataFormat:
         raise _bad_size(stream) from None
-    except (arff.ArffException, csv.Error, ValueError) as error:
+    except (arff.ArffException, csv.Error, IndexError, ValueError) as error:
         expected = _EXPECTED.get(type(error), "well-formed ARFF")
         # Not str(error): liac-arff formats its message with a line that it does not know here.
         reason = _LINE_NUMBER.split(getattr(error, "message", None) or str(error))[0]

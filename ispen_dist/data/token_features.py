@@ -22,9 +22,7 @@ _KINDS = (
     ("number", re.compile(r"[$+-]?\d[\d.,:/%-]*(st|nd|rd|th|s|am|pm|k|m|%)?", re.I)),
     (
         "emoticon",
-        re.compile(
-            r"[<>]?[:;=8xX][-o*'^]?[()\[\]dDpP/\\|@3*oO]+|[(\[][-o]?[:;=]|<3+|[xX]+[dD]+"
-        ),
+        re.compile(r"[<>]?[:;=8xX][-o*'^]?[()\[\]dDpP/\\|@3*oO]+|[(\[][-o]?[:;=]|<3+|[xX]+[dD]+"),
     ),
     ("word", re.compile(r"[^\W\d_]+")),
     ("punctuation", re.compile(r"[\W_]+")),

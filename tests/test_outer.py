@@ -1,0 +1,123 @@
+"""What an outer step does with the solve: update, skip, raise the damping, or stop."""
+
+from dataclasses import replace
+
+import problems
+import pytest
+import torch
+
+from ispen_dist.config import OptimizerConfig
+from ispen_dist.linalg.reduction import OneProcess
+from ispen_dist.optim import Optimizer, learning_rate
+from ispen_dist.outer import OuterStep, SolveFailed, SolverRecord
+from ispen_dist.players import build_players
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def outer_step(method="implicit", **solver):
+    config = problems.multilabel_config(objective="ssvm", task_weight=1.0)
+    config = replace(
+        config,
+        train=replace(config.train, method=method),
+        solver=replace(config.solver, **{"max_steps": 30, "damping": 1e-6, **solver}),
+    )
+    players = build_players(config, problems.multilabel_codec(), problems.CPU)
+    with torch.no_grad():
+        for name, value in problems.random_phi(players).items():
+            players.phi[name].copy_(value)
+    optimizer = Optimizer(players.phi, OptimizerConfig(learning_rate=0.1), 10)
+    record = SolverRecord(damping=config.solver.damping)
+    return OuterStep(players, optimizer, OneProcess(), 0, record)
+
+
+def step(outer):
+    batch = problems.random_batch("multilabel", 6, 0)
+    before = {k: v.detach().clone() for k, v in outer.players.phi.items()}
+    figures = outer(batch, batch, 0)
+    moved = {k: (v - before[k]).norm().item() for k, v in outer.players.phi.items()}
+    return figures, moved
+
+
+def test_an_indefinite_hessian_skips_the_implicit_part_and_counts_it():
+    outer = outer_step(on_failure="skip")
+    figures, moved = step(outer)
+    assert outer.record.statuses == {"negative_curvature": 1}
+    assert figures["skipped"] == outer.record.num_skipped == 1
+    assert outer.record.start is None
+    assert max(moved.values()) > 0.0
+    explicit = outer_step("explicit")
+    step(explicit)
+    for name, value in explicit.players.phi.items():
+        assert torch.equal(value, outer.players.phi[name]), name
+
+
+def test_damping_is_raised_until_the_solve_holds_and_eases_off_again():
+    outer = outer_step(on_failure="damp", damping=0.01, damping_factor=9.0, max_repeats=9)
+    figures, _ = step(outer)
+    statuses = dict(outer.record.statuses)
+    failures = statuses.pop("negative_curvature")
+    assert statuses in ({"converged": 1}, {"max_steps": 1})
+    assert failures > 0
+    assert figures["skipped"] == 0
+    assert outer.record.damping == pytest.approx(0.01 * 9.0**failures / 3.0)
+    raised = outer.record.damping
+    for _ in range(20):
+        step(outer)
+    assert outer.record.damping < raised or outer.record.statuses["negative_curvature"] > failures
+
+
+def test_the_repeats_are_limited():
+    outer = outer_step(on_failure="damp", damping=1e-9, damping_factor=1.01, max_repeats=2)
+    figures, _ = step(outer)
+    assert outer.record.statuses == {"negative_curvature": 3}
+    assert figures["skipped"] == 1
+
+
+def test_stop_says_what_happened_and_what_to_change():
+    with pytest.raises(
+        SolveFailed, match=r"outer step 0: negative_curvature\. .*raise the damping"
+    ):
+        step(outer_step(on_failure="stop"))
+
+
+def test_a_nan_reaches_no_parameter():
+    outer = outer_step()
+    with torch.no_grad():
+        next(iter(outer.players.theta.values())).fill_(float("nan"))
+    figures, moved = step(outer)
+    assert outer.record.statuses == {"not_finite": 1}
+    assert figures["skipped"] == 1
+    assert max(moved.values()) == 0.0
+
+
+def test_a_usable_solve_moves_phi_along_both_parts_and_warms_the_next():
+    outer = outer_step(damping=5.0)
+    figures, _ = step(outer)
+    assert figures["implicit_norm"] > 0.0
+    assert figures["explicit_norm"] > 0.0
+    cold_steps = figures["solver_steps"]
+    assert outer.record.start is not None
+    outer.optimizer.config = OptimizerConfig(learning_rate=0.0)
+    step(outer)
+    figures, _ = step(outer)
+    assert figures["solver_steps"] < cold_steps
+
+
+def test_the_schedule_warms_up_and_decays():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, final_fraction=0.1)
+    rates = [learning_rate(config, s, 20) for s in range(21)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert rates[20] == pytest.approx(0.1)
+
+
+def test_clipping_limits_the_norm_and_reports_what_it_was():
+    parameters = {"w": torch.nn.Parameter(torch.zeros(2))}
+    optimizer = Optimizer(parameters, OptimizerConfig(clip_norm=1.0), 10)
+    seen = []
+    optimizer.adamw.register_step_pre_hook(lambda *_: seen.append(parameters["w"].grad.clone()))
+    norm = optimizer.step({"w": torch.tensor([3.0, 4.0])})
+    assert norm == pytest.approx(5.0)
+    torch.testing.assert_close(seen[0], torch.tensor([0.6, 0.8]), rtol=1e-9, atol=0.0)
