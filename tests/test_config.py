@@ -79,26 +79,30 @@ def test_help_names_and_explains_every_setting(capsys):
 
 TAGGING = {
     "unknown section": ({"iner": {}}, "iner: no such setting; the nearest is inner"),
-    "unknown key": ({"inner": {"stepz": 1}}, "inner.stepz: no such setting; the nearest is inner.steps"),
+    "unknown key": ({"inner": {"stepz": 1}}, "no such setting; the nearest is inner.steps"),
     "unknown deep key": (
-        {"outer": {"optimizer": {"lr": 1}}}, "outer.optimizer.lr: no such setting; the nearest is outer.optimizer.learning_rate",
+        {"outer": {"optimizer": {"rate": 1}}},
+        "outer.optimizer.rate: no such setting; the nearest is outer.optimizer.learning_rate",
     ),
     "section that is a number": ({"inner": 3}, "inner: expected a section with settings, got 3"),
     "text for a number": ({"inner": {"steps": "many"}}, "inner.steps: expected int, got many"),
     "fraction for a count": ({"inner": {"steps": 1.5}}, "inner.steps: expected int, got 1.5"),
     "unknown choice": (
-        {"solver": {"name": "gmres"}}, "solver.name: expected Literal['cg', 'neumann', 'identity'], got gmres",
+        {"solver": {"name": "gmres"}},
+        "solver.name: expected Literal['cg', 'neumann', 'identity'], got gmres",
     ),
     "below its range": ({"inner": {"steps": 0}}, "inner.steps: expected at least 1, got 0"),
     "above its range": (
-        {"inference_net": {"dropout": 1.5}}, "inference_net.dropout: expected a number in [0, 0.99], got 1.5",
+        {"inference_net": {"dropout": 1.5}},
+        "inference_net.dropout: expected a number in [0, 0.99], got 1.5",
     ),
     "nested range": (
         {"inner": {"optimizer": {"learning_rate": -1.0}}},
         "inner.optimizer.learning_rate: expected at least 0, got -1.0",
     ),
     "not a number": (
-        {"inner": {"energy_weight": float("nan")}}, "inner.energy_weight: expected at least 0, got nan",
+        {"inner": {"energy_weight": float("nan")}},
+        "inner.energy_weight: expected at least 0, got nan",
     ),
     "no training file": ({"data": {"train": []}}, "data.train: expected at least one file"),
     "no dev set": ({"data": {"train": ["x"], "dev_fraction": 0.0}}, "data.dev_fraction: expected"),
@@ -107,7 +111,8 @@ TAGGING = {
         "data.format: expected one of conll, conllu for data.task=tagging, got 'arff'",
     ),
     "network of another task": (
-        {"inference_net": {"name": "mlp"}}, "inference_net.name: expected one of bilstm, transformer",
+        {"inference_net": {"name": "mlp"}},
+        "inference_net.name: expected one of bilstm, transformer",
     ),
     "energy of another task": (
         {"energy": {"name": "label_interaction"}}, "energy.name: expected linear_chain",
@@ -119,7 +124,8 @@ TAGGING = {
         {"inner": {"energy_weight": 0.0}}, "inner.energy_weight: expected a number above 0",
     ),
     "damping that cannot grow": (
-        {"solver": {"on_failure": "damp", "damping": 0.0}}, "solver.damping: expected a number above 0",
+        {"solver": {"on_failure": "damp", "damping": 0.0}},
+        "solver.damping: expected a number above 0",
     ),
 }  # fmt: skip
 
