@@ -16,10 +16,8 @@ from ispen_dist.checkpoint import (
     save_checkpoint,
 )
 from ispen_dist.config import Config, OptimizerConfig
-from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Dataset
 from ispen_dist.data.loading import Splits, hold_out
-from ispen_dist.data.sampler import ShardedSampler
 from ispen_dist.distributed import Session
 from ispen_dist.evaluate import evaluate
 from ispen_dist.inner import inner_step, pretrain_local_step
@@ -31,35 +29,11 @@ from ispen_dist.players import build_players
 from ispen_dist.predictor import Predictor
 from ispen_dist.recording.run_folder import RunFolder
 from ispen_dist.seeding import derived_seed, seed_step
+from ispen_dist.source import Source
 
 
 class NotFinite(RuntimeError):
     """The inner loss became NaN or infinite."""
-
-
-class Source:
-    """Batches of one data set for one purpose, as a function of the step.
-
-    Args:
-        dataset: the examples.
-        batch_size: of a global batch.
-        seed: of the order.
-        session: this process and its device.
-        dtype: of floating-point tensors.
-    """
-
-    def __init__(
-        self, dataset: Dataset, batch_size: int, seed: int, session: Session, dtype: torch.dtype
-    ) -> None:
-        self.dataset, self.session, self.dtype = dataset, session, dtype
-        self.sampler = ShardedSampler(
-            len(dataset), batch_size, seed, session.rank, session.num_ranks
-        )
-
-    def batch(self, step: int) -> Batch:
-        """Return this rank's part of the global batch of a step."""
-        batch = self.dataset.collate(self.sampler.own_batch(step))
-        return batch.to(self.session.device, self.dtype)
 
 
 class Trainer:

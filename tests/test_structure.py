@@ -18,6 +18,7 @@ LAYERS = [
     ["players", "optim", "seeding", "metrics", "manifest", "optimizer_state", "checkpoint"],
     ["evaluate", "inner", "outer"],
     ["plan", "predictor", "prediction_files", "distributed"],
+    ["source"],
     ["recording"],
     ["trainer"],
 ]

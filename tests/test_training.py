@@ -92,7 +92,7 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert {"task", "world_size", "seconds", "dev", "test", "hypergradient"} <= summary.keys()
     assert summary["hypergradient"]["statuses"]
     assert "accuracy" in done.stdout
-    assert "results of" in done.stdout
+    assert "results" in done.stdout
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     outer = [row for row in rows if row["phase"] == "train" and "outer_loss" in row]
     assert [row["step"] for row in outer] == [3, 4, 5, 6]

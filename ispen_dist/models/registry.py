@@ -5,6 +5,7 @@ To add one: write the module in a file of its own, add a row here, and add the n
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -16,41 +17,25 @@ from ispen_dist.models.output_spaces import LabelSets, OutputSpace, TagSequences
 from ispen_dist.models.taggers import BiLSTMTagger, TransformerTagger
 
 
+def _settings(config: NetworkConfig, *names: str) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in (*names, *_SHARED)}
+
+
+_SHARED = ("hidden_size", "num_layers", "dropout", "feature_dropout")
+
+
 def _mlp(config: NetworkConfig, codec: Codec) -> nn.Module:
-    return MLP(
-        codec.num_inputs,
-        codec.num_outputs,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        activation=config.activation,
-        dropout=config.dropout,
-        feature_dropout=config.feature_dropout,
-    )
+    return MLP(codec.num_inputs, codec.num_outputs, **_settings(config, "activation"))
 
 
 def _bilstm(config: NetworkConfig, codec: Codec) -> nn.Module:
-    return BiLSTMTagger(
-        num_buckets=codec.num_inputs,
-        num_tags=codec.num_outputs,
-        embedding_size=config.embedding_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        dropout=config.dropout,
-        feature_dropout=config.feature_dropout,
-    )
+    settings = _settings(config, "embedding_size")
+    return BiLSTMTagger(codec.num_inputs, codec.num_outputs, **settings)
 
 
 def _transformer(config: NetworkConfig, codec: Codec) -> nn.Module:
-    return TransformerTagger(
-        num_buckets=codec.num_inputs,
-        num_tags=codec.num_outputs,
-        embedding_size=config.embedding_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        dropout=config.dropout,
-        feature_dropout=config.feature_dropout,
-    )
+    settings = _settings(config, "embedding_size", "num_heads")
+    return TransformerTagger(codec.num_inputs, codec.num_outputs, **settings)
 
 
 def _label_interaction(config: EnergyConfig, codec: Codec) -> EnergyNetwork:

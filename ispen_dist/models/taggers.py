@@ -13,7 +13,26 @@ from torch import Tensor, nn
 from ispen_dist.models.encoders import BiLSTMEncoder, TokenEmbedding, TransformerEncoder
 
 
-class BiLSTMTagger(nn.Module):
+class _Tagger(nn.Module):
+    """Embedding, encoder, and a shortcut from the token's own features to its logits."""
+
+    def __init__(
+        self, embedding: TokenEmbedding, encoder: nn.Module, sizes: tuple[int, int], dropout: float
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.encoder = encoder
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(*sizes)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return logits (B, T, K)."""
+        x_BTD = self.dropout(self.embedding(inputs["features"]))
+        h_BTD = self.encoder(x_BTD, inputs["mask"])
+        return self.output(torch.cat([self.dropout(h_BTD), x_BTD], dim=-1))
+
+
+class BiLSTMTagger(_Tagger):
     """Tags from a BiLSTM, with a shortcut from the token's own features to its logits.
 
     Args:
@@ -36,20 +55,16 @@ class BiLSTMTagger(nn.Module):
         dropout: float = 0.0,
         feature_dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.embedding = TokenEmbedding(num_buckets, embedding_size, feature_dropout)
-        self.encoder = BiLSTMEncoder(embedding_size, hidden_size, num_layers, dropout)
-        self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(self.encoder.output_size + embedding_size, num_tags)
-
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return logits (B, T, K)."""
-        x_BTD = self.dropout(self.embedding(inputs["features"]))
-        h_BTD = self.encoder(x_BTD, inputs["mask"])
-        return self.output(torch.cat([self.dropout(h_BTD), x_BTD], dim=-1))
+        encoder = BiLSTMEncoder(embedding_size, hidden_size, num_layers, dropout)
+        super().__init__(
+            TokenEmbedding(num_buckets, embedding_size, feature_dropout),
+            encoder,
+            (encoder.output_size + embedding_size, num_tags),
+            dropout,
+        )
 
 
-class TransformerTagger(nn.Module):
+class TransformerTagger(_Tagger):
     """Tags from a pre-norm transformer, with a shortcut from the token's own features.
 
     Args:
@@ -74,16 +89,9 @@ class TransformerTagger(nn.Module):
         dropout: float = 0.0,
         feature_dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.embedding = TokenEmbedding(num_buckets, embedding_size, feature_dropout)
-        self.encoder = TransformerEncoder(
-            embedding_size, hidden_size, num_layers, num_heads, dropout
+        super().__init__(
+            TokenEmbedding(num_buckets, embedding_size, feature_dropout),
+            TransformerEncoder(embedding_size, hidden_size, num_layers, num_heads, dropout),
+            (hidden_size + embedding_size, num_tags),
+            dropout,
         )
-        self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(hidden_size + embedding_size, num_tags)
-
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return logits (B, T, K)."""
-        x_BTD = self.dropout(self.embedding(inputs["features"]))
-        h_BTD = self.encoder(x_BTD, inputs["mask"])
-        return self.output(torch.cat([self.dropout(h_BTD), x_BTD], dim=-1))

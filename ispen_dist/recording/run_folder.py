@@ -129,7 +129,7 @@ class RunFolder:
         self._console.stop()
         names = dict.fromkeys([*summary["dev"], *summary["test"]])
         rows = [[n, summary["dev"].get(n), summary["test"].get(n)] for n in names]
-        self._console.table(f"results of {self.path}", ["metric", "dev", "test"], rows)
+        self._console.table("results", ["metric", "dev", "test"], rows)
         if summary["hypergradient"]["statuses"]:
             solver = summary["hypergradient"]
             statuses = ", ".join(f"{k} {v}" for k, v in solver["statuses"].items())
@@ -137,7 +137,9 @@ class RunFolder:
                 f"solves: {statuses}; {solver['skipped']} outer steps without implicit part; "
                 f"{solver['mean_steps']:.1f} products each"
             )
-        self._console.message(f"{summary['seconds']:.0f} s on {summary['world_size']} process(es)")
+        self._console.message(
+            f"{summary['seconds']:.0f} s on {summary['world_size']} process(es); see {self.path}"
+        )
 
 
 def write_text(path: Path, text: str) -> None:
