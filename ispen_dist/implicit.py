@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from ispen_dist.linalg.operators import Loss, build_operator, damped, pull_back
-from ispen_dist.linalg.reduction import OneProcess, Reduction, own_share
+from ispen_dist.linalg.reduction import OneProcess, Reduction, agreed_dots, own_share
 from ispen_dist.linalg.solution import Solution, Status
 from ispen_dist.linalg.solvers import CG, Solver
 from ispen_dist.linalg.trees import Tree, add_scaled, as_leaves
+
+DEFAULT_SOLVER = CG(max_steps=20, rtol=1e-6)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def hypergradient(
     theta: Tree,
     phi: Tree,
     *,
-    solver: Solver | None = None,
+    solver: Solver = DEFAULT_SOLVER,
     damping: float = 0.0,
     curvature: str = "hessian",
     reduction: Reduction | None = None,
@@ -92,7 +94,7 @@ def hypergradient(
         outer_loss: L.
         theta: the inner parameters, at or near the inner optimum.
         phi: the outer parameters.
-        solver: how to apply the inverse; default `CG(max_steps=20, rtol=1e-6)`.
+        solver: how to apply the inverse.
         damping: added to the diagonal of the curvature, in its units.
         curvature: "hessian" (exact) or "gauss_newton" (positive semidefinite where the output
             loss is convex).
@@ -124,7 +126,9 @@ def hypergradient(
     reduction = reduction or OneProcess()
     outer_value, d_theta, explicit = outer_gradients(outer_loss, theta, phi, reduction)
     operator = build_operator(curvature, inner_loss, theta, phi, reduction)
-    solution = (solver or CG()).solve(damped(operator, damping), d_theta, start=start)
+    solution = solver.solve(
+        damped(operator, damping), d_theta, dots=agreed_dots(reduction), start=start
+    )
     implicit = {key: value.neg() for key, value in operator.mixed(solution.value).items()}
     return Hypergradient(
         explicit, implicit, solution, outer_value, operator.value, operator.gradient

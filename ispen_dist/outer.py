@@ -15,13 +15,16 @@ from ispen_dist.config import Config, SolverConfig
 from ispen_dist.data.batch import Batch
 from ispen_dist.implicit import Hypergradient, hypergradient, outer_gradients
 from ispen_dist.linalg import trees
-from ispen_dist.linalg.operators import ComposedLoss, Loss
-from ispen_dist.linalg.reduction import LossValue, Reduction
+from ispen_dist.linalg.operators import ComposedLoss, Loss, build_operator, symmetry_defect
+from ispen_dist.linalg.reduction import LossValue, Reduction, agreed
 from ispen_dist.linalg.solvers import CG, Identity, Neumann, Solver
 from ispen_dist.linalg.trees import Tree
 from ispen_dist.optim import Optimizer
 from ispen_dist.players import Players
 from ispen_dist.seeding import seed_step, step_generator
+
+MAX_SYMMETRY_DEFECT = 1e-3
+"""Above it the curvature is not that of a function: rounding in float32 stays below 1e-5."""
 
 
 class SolveFailed(RuntimeError):
@@ -172,6 +175,7 @@ class OuterStep:
     def _implicit_step(
         self, inner_batch: Batch, outer_batch: Batch, step: int
     ) -> Mapping[str, float]:
+        probe = {"symmetry_defect": self._probe(inner_batch, step)} if step == 0 else {}
         solve = self._solve(inner_batch, outer_batch, step)
         usable = solve.status.usable
         if usable:
@@ -193,7 +197,33 @@ class OuterStep:
             "residual": solve.residual,
             "damping": self.record.damping,
             "skipped": self.record.num_skipped,
+            **probe,
         }
+
+    def _probe(self, inner_batch: Batch, step: int) -> float:
+        """Check once, before curvature is trusted, that u.Hv = v.Hu.
+
+        Raises:
+            SolveFailed: where it is not, as with a network whose second derivative is wrong.
+        """
+        seed = self._config.train.seed
+        seed_step(seed, "probe", step, self.rank)
+        loss = inner_loss_at(self.players, inner_batch)
+        operator = build_operator(
+            self._config.solver.curvature,
+            loss,
+            self.players.theta,
+            self.players.phi,
+            self.reduction,
+        )
+        generator = torch.Generator().manual_seed(seed)
+        defect = agreed(symmetry_defect(operator, generator), self.reduction)
+        if defect > MAX_SYMMETRY_DEFECT:
+            raise SolveFailed(
+                f"inference_net: expected a symmetric Hessian, got a defect of {defect:.1e} "
+                f"(limit {MAX_SYMMETRY_DEFECT:g}); a layer's second derivative is wrong or missing"
+            )
+        return defect
 
     def _solve(self, inner_batch: Batch, outer_batch: Batch, step: int) -> Hypergradient:
         """Solve, and repeat with larger damping where the configuration says so."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ispen_dist.config import OptimizerConfig
+from ispen_dist.linalg.operators import HessianOperator
 from ispen_dist.linalg.reduction import OneProcess
 from ispen_dist.optim import Optimizer, learning_rate
 from ispen_dist.outer import OuterStep, SolveFailed, SolverRecord
@@ -121,3 +122,15 @@ def test_clipping_limits_the_norm_and_reports_what_it_was():
     norm = optimizer.step({"w": torch.tensor([3.0, 4.0])})
     assert norm == pytest.approx(5.0)
     torch.testing.assert_close(seen[0], torch.tensor([0.6, 0.8]), rtol=1e-9, atol=0.0)
+
+
+def test_the_first_step_probes_the_curvature(monkeypatch):
+    outer = outer_step(damping=5.0)
+    batch = problems.random_batch("multilabel", 6, 0)
+    assert outer(batch, batch, 0)["symmetry_defect"] < 1e-14
+    assert "symmetry_defect" not in outer(batch, batch, 1)
+    monkeypatch.setattr(
+        HessianOperator, "matvec", lambda self, v: {k: torch.randn_like(x) for k, x in v.items()}
+    )
+    with pytest.raises(SolveFailed, match="expected a symmetric Hessian"):
+        outer(batch, batch, 0)

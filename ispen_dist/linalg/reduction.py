@@ -5,12 +5,12 @@ none. So a rank differentiates its own share, `sum_of_own_examples / global_coun
 values, gradients and products are added over ranks. Means are never averaged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from ispen_dist.linalg.trees import Tree
+from ispen_dist.linalg.trees import Tree, dots
 
 LossValue = Tensor | tuple[Tensor, Tensor | float]
 
@@ -73,6 +73,23 @@ def _require_scalar(value: Tensor, name: str) -> None:
             f"{name}: expected a scalar of shape (), got shape {tuple(value.shape)}; "
             "sum over the examples first"
         )
+
+
+def agreed_dots(reduction: Reduction) -> Callable[[Sequence[tuple[Tree, Tree]]], Tensor]:
+    """Return `trees.dots` for replicated trees, with the same bits on every rank.
+
+    Replicas hold the same vectors, but two machines may round their inner products differently,
+    and a solver that stops on one rank only would leave the others waiting. So the decisions of a
+    solve come from the average over ranks, one small all-reduce per call.
+    """
+    if reduction.num_ranks == 1:
+        return dots
+    return lambda pairs: reduction.sum([dots(pairs) / reduction.num_ranks])[0]
+
+
+def agreed(scalar: Tensor, reduction: Reduction) -> float:
+    """Return the average over ranks of a scalar that replicas computed alike, on the host."""
+    return (reduction.sum([scalar])[0] / reduction.num_ranks).item()
 
 
 def sum_tree(tree: Tree, reduction: Reduction) -> Tree:
