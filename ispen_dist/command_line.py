@@ -1,26 +1,26 @@
 """Settings from a YAML file and the command line, checked against the sections of `config.py`.
 
-jsonargparse knows the types, the help texts and the conversion of values; this file adds the
-order of precedence, the names of unknown keys' nearest relatives, and one-line errors.
+jsonargparse checks and converts values by the fields' types, docstring_parser reads the help out
+of their docstrings; this file adds the order of precedence and errors of one line.
 """
 
+import argparse
 import dataclasses
 import difflib
+import functools
 import re
 import sys
 import typing
-from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import docstring_parser
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser
 
 from ispen_dist.config import Config, ConfigError
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
@@ -47,144 +47,168 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
 
     An error is printed as one line and ends the program with exit code 2.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    parser = _parser(with_settings="--help" in arguments or "-h" in arguments)
-    known, flags = _split_flags(parser, arguments)
     try:
+        known = _Flags().parse_args(argv)
         path = Path(known.config)
-        values = _merged(_read_yaml(path), _flag_values(flags))
-        config = config_from_dict(values)
+        config = _config_from(path, {n: text for n, text in vars(known).items() if n in _HINTS})
     except ConfigError as error:
-        print(f"error: {known.config}: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         raise SystemExit(2) from None
     output = Path(known.output) if known.output else None
     return TrainCommand(config, path.stem, output, known.resume, known.print_config)
 
 
-def _parser(with_settings: bool) -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="launcher/train.py",
-        usage="launcher/train.py --config FILE [--output DIR] [--resume auto|none|PATH] "
-        "[--print-config] [--SECTION.FIELD=VALUE ...]",
-        description="Train an energy network and its inference network. Every setting below "
-        "stands in the YAML file and can be given as a flag, which wins.",
-    )
-    parser.add_argument("--config", required=True, help="YAML file of settings")
-    parser.add_argument("--output", default="", help="run folder (default: runs/NAME-DATE-TIME)")
-    parser.add_argument(
-        "--resume", default="auto",
-        help="auto: from the newest intact checkpoint of --output, if any; none; or a checkpoint",
-    )  # fmt: skip
-    parser.add_argument(
-        "--print-config", action="store_true", help="print all settings and their cost, and exit"
-    )
-    if with_settings:
-        parser.add_class_arguments(Config, as_group=True)
-    return parser
+class _Flags(argparse.ArgumentParser):
+    """The run's own flags, and one flag for every setting, whose value stays text here."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            prog="launcher/train.py",
+            usage="%(prog)s --config FILE [--output DIR] [--resume auto|none|PATH] "
+            "[--print-config]\n       [--SECTION.FIELD=VALUE ...]",
+            description="Train an energy network and its inference network. Every setting below "
+            "stands in the YAML file and can be given as a flag, which wins.",
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+        resume = "auto (default): from the newest intact checkpoint in DIR; none; or from PATH"
+        output = "run folder (default: runs/FILE-DATE-TIME)"
+        show = "print all settings and their cost, and exit"
+        self.add_argument("--config", metavar="FILE", required=True, help="YAML file of settings")
+        self.add_argument("--output", metavar="DIR", default="", help=output)
+        self.add_argument("--resume", metavar="auto|none|PATH", default="auto", help=resume)
+        self.add_argument("--print-config", action="store_true", default=False, help=show)
+        self._add_settings(self, Config, _checker().get_defaults())
+
+    def _add_settings(self, group: Any, kind: Any, defaults: Any, prefix: str = "") -> None:
+        for field in docstring_parser.parse_from_object(kind).params:
+            name, doc = prefix + field.arg_name, (field.description or "").replace("%", "%%")
+            hint = _HINTS[name]
+            if dataclasses.is_dataclass(hint):
+                section = self.add_argument_group(f"{name}: {doc.rstrip('.')}")
+                self._add_settings(section, hint, defaults, f"{name}.")
+            else:
+                doc += ' (default: "")' if defaults[name] == "" else f" (default: {defaults[name]})"
+                group.add_argument(f"--{name}", metavar=_words(hint), help=doc)
+
+    def error(self, message: str) -> NoReturn:
+        match = re.match("unrecognized arguments: --([^= ]+)", message)
+        if match is None:
+            raise ConfigError(message.removeprefix("argument "))
+        name = match[1]
+        near = _nearest(name, [flag.removeprefix("--") for flag in self._option_string_actions])
+        raise ConfigError(f"--{name}: no such setting; the nearest is --{near}")
 
 
-def _split_flags(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Any, list[str]]:
-    """Return the run's own arguments parsed, and the `--section.field` flags as they are."""
-    flags: list[str] = []
-    others: list[str] = []
-    pending = list(arguments)
-    while pending:
-        argument = pending.pop(0)
-        if not re.match(r"--[A-Za-z_]\w*\.", argument):
-            others.append(argument)
-        elif "=" in argument or not pending:
-            flags.append(argument)
-        else:
-            flags.append(f"{argument}={pending.pop(0)}")
-    return parser.parse_args(others), flags
-
-
-def _flag_values(flags: Sequence[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for flag in flags:
-        key, has_value, text = flag.removeprefix("--").partition("=")
-        if not has_value:
-            raise ConfigError(f"--{key}: expected a value, got none; write --{key}=VALUE")
-        try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
-            value = text
-        nested: Any = value
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        values = _merged(values, nested)
-    return values
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML without duplicate keys, of which the last would silently win."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                line = node.start_mark.line + 1
-                raise ConfigError(f"{key}: expected once, got twice below line {line}; join them")
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _config_from(path: Path, flags: Mapping[str, str]) -> Config:
+    """Build the settings from a file, then flags; an error starts with the one at fault."""
     try:
-        values = yaml.load(path.read_text("utf-8"), Loader=_UniqueKeys)  # a SafeLoader
-    except OSError as error:
-        raise ConfigError(f"expected a readable YAML file, got: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"expected UTF-8 text, got: {error.reason}; save it as UTF-8") from error
-    except yaml.YAMLError as error:
+        values = _parse_yaml(path)
+        _check_names(values)
+        for name, text in flags.items():
+            values = _replaced(values, name.split("."), _flag_value(_HINTS[name], text))
+        return config_from_dict(values)
+    except ConfigError as error:
+        by_flag = str(error).partition(":")[0] in flags
+        raise ConfigError(f"--{error}" if by_flag else f"{path}: {error}") from None
+
+
+def _flag_value(hint: Any, text: str) -> Any:
+    """Return a flag's text as a value; text stays text where the setting is one."""
+    if hint is str or typing.get_origin(hint) is typing.Literal:
+        return text
+    try:
+        return _parse_yaml(text)
+    except ConfigError:
+        return text  # config_from_dict names it as a wrong type
+
+
+def _replaced(values: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return a copy with one value replaced; YAML aliases share dictionaries, so no writing."""
+    first, *rest = keys
+    return {**values, first: _replaced(values.get(first, {}), rest, value) if rest else value}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose keys are names, none of them twice: the last would silently win."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            is_name = key.tag.endswith((":str", ":merge"))
+            if not is_name or key.value in seen:
+                wrong = f"key {key.value} twice; join them" if is_name else "a key that is no name"
+                raise yaml.MarkedYAMLError(problem=wrong, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+def _parse_yaml(source: str | Path) -> Any:
+    try:
+        text = source.read_text("utf-8") if isinstance(source, Path) else source
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{where}expected YAML, got: {problem}") from error
-    if not isinstance(values, dict):
-        found = "an empty file" if values is None else type(values).__name__
-        raise ConfigError(f"expected a mapping of sections, got {found}")
-    return values
+        accounts = (getattr(error, name, None) for name in ("problem", "reason", "strerror"))
+        account = next(filter(None, accounts), error)
+        raise ConfigError(f"{where}expected readable YAML, got: {account}") from error
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = _merged(result[key], value) if both else value
-    return result
+def _hints(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every dotted name below a section and its type."""
+    for key, hint in typing.get_type_hints(kind).items():
+        yield prefix + key, hint
+        if dataclasses.is_dataclass(hint):
+            yield from _hints(hint, f"{prefix}{key}.")
 
 
-def _sections(kind: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Yield every dotted name below a section, and whether it is a section itself."""
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        name, hint = f"{prefix}{field.name}", hints[field.name]
-        is_section = dataclasses.is_dataclass(hint)
-        yield name, is_section
-        if is_section:
-            yield from _sections(hint, f"{name}.")
+_HINTS = dict(_hints(Config))
 
 
-_NAMES = dict(_sections(Config))
+def _words(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "{" + ",".join(typing.get_args(hint)) + "}"
+    return str(hint) if typing.get_origin(hint) else hint.__name__
 
 
-def _check_names(values: Mapping[str, Any], prefix: str = "") -> None:
+def _check_names(values: Any, section: str = "") -> None:
+    """Check that every key is a setting; wrong values of known settings are found later."""
+    if not isinstance(values, Mapping):
+        raise _wrong_type(f"{section}: " if section else "", "a mapping of settings", values)
     for key, value in values.items():
-        name = f"{prefix}{key}"
-        if name not in _NAMES:
-            raise ConfigError(f"{name}: no such setting; the nearest is {_nearest(name, prefix)}")
-        if _NAMES[name]:
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{name}: expected a section with settings, got {value!r}")
-            _check_names(value, f"{name}.")
+        name = f"{section}.{key}" if section else str(key)
+        if "." in str(key):
+            raise ConfigError(f"{name}: expected one name, got a dotted one; nest the sections")
+        if name not in _HINTS:
+            raise ConfigError(f"{name}: no such setting; the nearest is {_nearest(name, _HINTS)}")
+        if dataclasses.is_dataclass(_HINTS[name]):
+            _check_names(value, name)
+        elif value is None:
+            raise _wrong_type(f"{name}: ", _words(_HINTS[name]), value)
 
 
-def _nearest(name: str, prefix: str) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     """Return the known name most like an unknown one, of its own section if any is alike."""
-    siblings = [n for n in _NAMES if n.startswith(prefix) and "." not in n[len(prefix) :]]
-    keys = {n[len(prefix) :]: n for n in siblings}
-    near = difflib.get_close_matches(name[len(prefix) :], keys, 1, 0.25)
-    return keys[near[0]] if near else difflib.get_close_matches(name, _NAMES, 1, 0.0)[0]
+    section, _, key = name.rpartition(".")
+    leaves = {n.rpartition(".")[2]: n for n in known}
+    siblings = {n.rpartition(".")[2]: n for n in known if n.rpartition(".")[0] == section}
+    for names, cutoff in ((siblings, 0.6), (leaves, 0.8), (siblings if section else {}, 0.25)):
+        if near := difflib.get_close_matches(key, names, 1, cutoff):
+            return names[near[0]]
+    return difflib.get_close_matches(name, known, 1, 0.0)[0]
+
+
+def _wrong_type(setting: str, expected: str, value: Any) -> ConfigError:
+    got = "nothing; leave it out for its default" if value is None else f"{value!r:.80}"
+    return ConfigError(f"{setting}expected {expected}, got {got}")
+
+
+def _checker() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config, as_group=True)
+    return parser
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
@@ -194,23 +218,15 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
         ConfigError: for an unknown key, a wrong type, or settings that cannot work together.
     """
     _check_names(values)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Config, as_group=True)
+    parser = _checker()
     try:
         return Config(**vars(parser.instantiate(parser.parse_object(dict(values)))))
-    except ArgumentError as error:
-        raise ConfigError(_one_line(str(error))) from None
-
-
-def _one_line(message: str) -> str:
-    """Return jsonargparse's account of a wrong type in the words of this project."""
-    match = re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL)
-    if match is None:
-        return " ".join(message.split())
-    name, rest = match.groups()
-    rest = re.sub(r"<class '(\w+)'>", r"\1", " ".join(rest.split()))
-    rest = re.sub(r"Expected an? (?:typing\.)?", "expected ", rest, count=1)
-    return f"{name}: " + rest.replace(". Got value: ", ", got ")
+    except (argparse.ArgumentError, OverflowError) as error:
+        name = re.search(r'Parser key "([\w.]+)"', str(error))
+        if name is None or name[1] not in _HINTS:
+            raise ConfigError(" ".join(str(error).split())) from None
+        got: Any = functools.reduce(lambda section, key: section[key], name[1].split("."), values)
+        raise _wrong_type(f"{name[1]}: ", _words(_HINTS[name[1]]), got) from None
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -229,7 +245,4 @@ def load_config(path: str | Path) -> Config:
     Raises:
         ConfigError: with the file, for whatever is wrong with it.
     """
-    try:
-        return config_from_dict(_read_yaml(Path(path)))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return _config_from(Path(path), {})

@@ -23,6 +23,7 @@ def _check_ranges(section: str, values: object, **limits: tuple[float, float]) -
     for name, (low, high) in limits.items():
         value = getattr(values, name)
         span = f"a number in [{low:g}, {high:g}]" if math.isfinite(high) else f"at least {low:g}"
+        _check(abs(value) < math.inf, f"{section}.{name}", "a finite number", value)
         _check(low <= value <= high, f"{section}.{name}", span, value)
 
 
@@ -147,6 +148,13 @@ class NetworkConfig:
             dropout=(0.0, 0.99),
             feature_dropout=(0.0, 0.99),
         )
+        if self.name == "transformer":
+            _check(
+                self.hidden_size % self.num_heads == 0,
+                f"{section}.num_heads",
+                f"a divisor of {section}.hidden_size={self.hidden_size}",
+                self.num_heads,
+            )
 
 
 @dataclass(frozen=True)
