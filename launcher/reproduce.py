@@ -61,7 +61,7 @@ def table_rows(dataset: str, summaries: dict[str, list[dict]]) -> list[list]:
     base = per_round.get("mle", next(iter(per_round.values())))
     rows = []
     for method, runs in summaries.items():
-        for metric in runs[0]["test"]:
+        for metric in (name for name in runs[0]["test"] if name != "threshold"):
             test = [run["test"][metric] for run in runs]
             dev = [run["dev"][metric] for run in runs]
             spread = statistics.stdev(test) if len(test) > 1 else 0.0

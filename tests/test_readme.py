@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -50,3 +52,12 @@ def test_the_embedded_data_is_packaged():
     assert project["tool"]["setuptools"]["package-data"]["ispen_dist.data"] == ["embedded/*/*"]
     folder = ROOT / "ispen_dist" / "data" / "embedded" / "twitter_pos"
     assert "CC BY 3.0" in (folder / "ATTRIBUTION.md").read_text("utf-8")
+
+
+def test_the_hypergradient_example_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (example,) = (block for block in blocks if "hypergradient(" in block)
+    done = subprocess.run(
+        [sys.executable, "-c", example], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "converged" in done.stdout
