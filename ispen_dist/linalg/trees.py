@@ -26,9 +26,10 @@ def _dot(a: Tree, b: Tree) -> Tensor:
 
 
 def add_scaled(y: Tree, scale: float | Tensor, x: Tree) -> Tree:
-    """Return `y + scale * x` as a new tree."""
-    scaled = torch._foreach_mul(list(x.values()), scale)
-    return dict(zip(y, torch._foreach_add(list(y.values()), scaled), strict=True))
+    """Return `y + scale * x` as a new tree, in one pass over memory."""
+    if isinstance(scale, Tensor):
+        return {key: torch.addcmul(y[key], x[key], scale) for key in y}
+    return {key: torch.add(y[key], x[key], alpha=scale) for key in y}
 
 
 def scaled(x: Tree, scale: float | Tensor) -> Tree:
