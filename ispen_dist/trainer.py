@@ -234,8 +234,7 @@ class Trainer:
         for name, network in self._networks().items():
             if name in self.best:
                 network.load_state_dict(self.best[name])
-        dev = self.best_dev or self._evaluate(self.splits.dev)
-        threshold = dev.get("threshold")
+        threshold = self.best_dev.get("threshold")
         test = self._evaluate(self.splits.test, threshold) if self.splits.test else {}
         summary = {
             "task": self.config.data.task,
@@ -244,7 +243,7 @@ class Trainer:
             "world_size": self.session.num_ranks,
             "rounds": self.round,
             "seconds": round(self.seconds, 3),
-            "dev": dev,
+            "dev": self.best_dev,
             "test": test,
             "hypergradient": self.outer_step.record.summary(),
         }
