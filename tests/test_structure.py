@@ -4,7 +4,10 @@ import ast
 import importlib.util
 from pathlib import Path
 
+import problems
 import pytest
+
+from ispen_dist.models.registry import ENERGIES, NETWORKS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ispen_dist"
@@ -76,3 +79,10 @@ def test_the_import_name_kernels_is_not_ours():
     """transformers probes a package of that name; see fact 8 of the design."""
     spec = importlib.util.find_spec("kernels")
     assert spec is None or ROOT not in Path(str(spec.origin)).parents
+
+
+def test_every_network_and_energy_has_a_tiny_problem():
+    configs = [problems.multilabel_config()]
+    configs += [problems.tagging_config(task) for task in problems.TASKS if task != "multilabel"]
+    assert {config.inference_net.name for config in configs} == NETWORKS.keys()
+    assert {config.energy.name for config in configs} == ENERGIES.keys()
