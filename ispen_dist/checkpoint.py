@@ -42,15 +42,12 @@ from ispen_dist.manifest import (
     verified_files,
     write_file,
 )
-from ispen_dist.optimizer_state import load_optimizer_tree, optimizer_tree
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "find_checkpoint",
     "load_checkpoint",
-    "load_optimizer_tree",
-    "optimizer_tree",
     "save_checkpoint",
 ]
 

@@ -234,8 +234,8 @@ class InnerConfig:
 class SolverConfig:
     """The inverse-Hessian-vector product."""
 
-    name: Literal["cg", "neumann", "identity"] = "cg"
-    """Solver."""
+    name: Literal["cg", "cg_single_reduction", "neumann", "identity"] = "cg"
+    """Solver; cg_single_reduction is cg with half the all-reduces, for many ranks."""
     max_steps: int = 10
     """Products per solve."""
     rtol: float = 1e-3
@@ -246,6 +246,13 @@ class SolverConfig:
     """Exact Hessian, or its Gauss-Newton part."""
     damping: float = 0.3
     """Added to the diagonal of the curvature."""
+    memory: Literal["auto", "graph", "states", "recompute"] = "auto"
+    """What a solve keeps between its products: the graph of the whole gradient (fastest, needs all
+    parameters on every rank), the states at stage boundaries, or nothing, everything being computed
+    again for every product. auto is graph, and states where parameters are sharded."""
+    prefetch: bool = True
+    """Gather the parameters of the next stage while one is computed: hides communication, holds
+    two stages in memory; sharded parameters only."""
     warm_start: bool = True
     """Start from the solution of the previous outer step."""
     on_failure: Literal["skip", "damp", "stop"] = "skip"

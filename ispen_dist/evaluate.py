@@ -1,23 +1,24 @@
 """Prediction in one forward pass, and metrics over a data set that is shared among ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Dataset
 from ispen_dist.data.sampler import in_order
 from ispen_dist.linalg.reduction import OneProcess, Reduction
 from ispen_dist.metrics import Metrics
-from ispen_dist.models.output_spaces import OutputSpace
+from ispen_dist.models.output_spaces import Inputs, OutputSpace
 
 
 @torch.no_grad()
 def predictions(
-    network: nn.Module,
+    logits: Callable[[Inputs], Tensor],
     space: OutputSpace,
     dataset: Dataset,
+    like: Tensor,
     *,
     batch_size: int = 256,
     rank: int = 0,
@@ -26,25 +27,26 @@ def predictions(
     """Yield this rank's batches in order, each with its relaxed outputs `A_theta(x)`.
 
     Args:
-        network: the inference network; it is left in evaluation mode.
+        logits: the inference network in evaluation mode, `inputs -> logits`. Ranks that share
+            sharded parameters call it equally often, fillers included.
         space: the kind of structure.
         dataset: examples, labelled or not.
+        like: a tensor with the device and type of the parameters.
         batch_size: examples per forward pass.
         rank: this rank.
         num_ranks: ranks that share the data set; each example is on exactly one.
     """
-    network.eval()
-    parameter = next(network.parameters())
     for rows in in_order(len(dataset), batch_size, rank, num_ranks):
-        batch = dataset.collate(rows).to(parameter.device, parameter.dtype)
-        yield batch, space.relax(network(batch.inputs), batch.inputs)
+        batch = dataset.collate(rows).to(like.device, like.dtype)
+        yield batch, space.relax(logits(batch.inputs), batch.inputs)
 
 
 def evaluate(
-    network: nn.Module,
+    logits: Callable[[Inputs], Tensor],
     space: OutputSpace,
     metrics: Metrics,
     dataset: Dataset,
+    like: Tensor,
     *,
     threshold: float | None = None,
     rank: int = 0,
@@ -53,19 +55,19 @@ def evaluate(
     """Return the metrics of the whole data set, the same on every rank.
 
     Args:
-        network: the inference network.
+        logits: see `predictions`.
         space: the kind of structure.
         metrics: what to compute.
         dataset: labelled examples.
+        like: a tensor with the device and type of the parameters.
         threshold: decision threshold tuned elsewhere; None tunes it on this data set.
         rank: this rank.
         reduction: sums over ranks.
     """
     reduction = reduction or OneProcess()
-    device = next(network.parameters()).device
     sums = metrics.zero()
-    shares = predictions(network, space, dataset, rank=rank, num_ranks=reduction.num_ranks)
+    shares = predictions(logits, space, dataset, like, rank=rank, num_ranks=reduction.num_ranks)
     for batch, ybar in shares:
         sums += metrics.sums(ybar, batch)
-    total = reduction.sum([sums.to(device)])[0].cpu()
+    total = reduction.sum([sums.to(like.device)])[0].cpu()
     return metrics.finish(total, threshold)

@@ -20,10 +20,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ispen_dist.linalg.operators import Loss, build_operator, damped, pull_back
+from ispen_dist.linalg.operators import (
+    CurvatureOperator,
+    Loss,
+    build_operator,
+    damped,
+    pull_back,
+)
 from ispen_dist.linalg.reduction import OneProcess, Reduction, agreed_dots, own_share
 from ispen_dist.linalg.solution import Solution, Status
-from ispen_dist.linalg.solvers import CG, Solver
+from ispen_dist.linalg.solvers import CG, Dots, Solver
+from ispen_dist.linalg.staged_operators import StagedLoss, build_staged_operator
 from ispen_dist.linalg.trees import Tree, add_scaled, as_leaves
 
 DEFAULT_SOLVER = CG(max_steps=20, rtol=1e-6)
@@ -124,15 +131,61 @@ def hypergradient(
     if damping < 0.0:
         raise ValueError(f"damping: expected a number >= 0, got {damping}")
     reduction = reduction or OneProcess()
-    outer_value, d_theta, explicit = outer_gradients(outer_loss, theta, phi, reduction)
+    outer = outer_gradients(outer_loss, theta, phi, reduction)
     operator = build_operator(curvature, inner_loss, theta, phi, reduction)
-    solution = solver.solve(
-        damped(operator, damping), d_theta, dots=agreed_dots(reduction), start=start
-    )
-    implicit = {key: value.neg() for key, value in operator.mixed(solution.value).items()}
-    return Hypergradient(
-        explicit, implicit, solution, outer_value, operator.value, operator.gradient
-    )
+    return _through_solution(outer, operator, solver, damping, agreed_dots(reduction), start)
+
+
+def staged_hypergradient(
+    inner_loss: StagedLoss,
+    outer_loss: StagedLoss,
+    *,
+    solver: Solver = DEFAULT_SOLVER,
+    damping: float = 0.0,
+    curvature: str = "hessian",
+    start: Tree | None = None,
+) -> Hypergradient:
+    """Compute the same with players that are given by stages and may be sharded.
+
+    Args:
+        inner_loss: G at the batch of the solve.
+        outer_loss: L at its batch.
+        solver: how to apply the inverse.
+        damping: added to the diagonal of the curvature.
+        curvature: "hessian" or "gauss_newton".
+        start: initial guess for the solve, own parts.
+
+    Returns:
+        A `Hypergradient` whose trees hold this rank's own parts.
+    """
+    outer = staged_outer_gradients(outer_loss)
+    operator = build_staged_operator(curvature, inner_loss)
+    dots = inner_loss.model.layout.dots
+    return _through_solution(outer, operator, solver, damping, dots, start)
+
+
+def staged_outer_gradients(loss: StagedLoss) -> tuple[Tensor, Tree, Tree]:
+    """Return `(L, d_theta L, d_phi L)` of a staged loss, as own parts."""
+    states = loss.model.states()
+    output = loss.at(states[-1][0], create_graph=False)
+    d_theta, _ = loss.model.pull_back(output.z_bar, states)
+    psi_bar = {key: value for key, value in output.gradient.items() if key != "z"}
+    return output.value, d_theta, loss.potentials.pull_back(psi_bar)
+
+
+def _through_solution(
+    outer: tuple[Tensor, Tree, Tree],
+    operator: CurvatureOperator,
+    solver: Solver,
+    damping: float,
+    dots: Dots,
+    start: Tree | None,
+) -> Hypergradient:
+    """Solve, and insert the solution in the equation at the head of this file."""
+    value, d_theta, explicit = outer
+    solution = solver.solve(damped(operator, damping), d_theta, dots=dots, start=start)
+    implicit = {key: part.neg() for key, part in operator.mixed(solution.value).items()}
+    return Hypergradient(explicit, implicit, solution, value, operator.value, operator.gradient)
 
 
 def outer_gradients(

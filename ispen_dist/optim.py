@@ -1,63 +1,37 @@
-"""AdamW with a schedule that is a function of the step, and globally reduced gradients."""
+"""What the AdamW of every engine does alike: phases, the schedule, clipping."""
 
 import math
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
 from ispen_dist.config import OptimizerConfig
-from ispen_dist.linalg import trees
-from ispen_dist.linalg.trees import Tree
+
+CLIP_EPSILON = 1e-6
+"""Added to the norm in `clip_norm / (norm + epsilon)`, as torch and DeepSpeed do."""
 
 
-def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """Return the learning rate of a step: linear warm-up, then cosine to the final fraction.
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one schedule; the optimizer's state starts anew with it.
 
-    Args:
-        config: peak, warm-up and final fraction.
-        step: steps already taken.
-        num_steps: steps of the whole run.
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    rest = max(1, num_steps - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / rest)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.learning_rate * (config.final_fraction + (1.0 - config.final_fraction) * cosine)
-
-
-class Optimizer:
-    """AdamW over a tree of parameters, fed with gradients that are already global.
-
-    Args:
-        parameters: the tree that is updated in place.
-        config: settings.
-        num_steps: steps of the whole run, for the schedule.
+    Attributes:
+        name: for checkpoints.
+        config: learning rate, decay, clipping.
+        num_steps: of the whole phase, for the schedule.
+        groups: names of the parameter groups that are trained; the others stand still.
     """
 
-    def __init__(self, parameters: Tree, config: OptimizerConfig, num_steps: int) -> None:
-        self.parameters = parameters
-        self.config = config
-        self.num_steps = num_steps
-        self.num_taken = 0
-        self.adamw = torch.optim.AdamW(
-            parameters.values(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+    name: str
+    config: OptimizerConfig
+    num_steps: int
+    groups: frozenset[str]
 
-    def step(self, gradient: Tree) -> Tensor:
-        """Clip, set the learning rate and update; return the norm before clipping."""
-        gradient_norm = trees.norm(gradient)
-        if self.config.clip_norm > 0.0:
-            scale = torch.clamp(self.config.clip_norm / (gradient_norm + 1e-12), max=1.0)
-            gradient = trees.scaled(gradient, scale)
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate(self.config, self.num_taken, self.num_steps)
-        for name, parameter in self.parameters.items():
-            parameter.grad = gradient[name]
-        self.adamw.step()
-        self.adamw.zero_grad()
-        self.num_taken += 1
-        return gradient_norm
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of a step (steps already taken): linear warm-up, then cosine."""
+        config = self.config
+        if step < config.warmup_steps:
+            return config.learning_rate * (step + 1) / config.warmup_steps
+        rest = max(1, self.num_steps - config.warmup_steps)
+        progress = min(1.0, (step - config.warmup_steps) / rest)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+        final = config.final_fraction
+        return config.learning_rate * (final + (1.0 - final) * cosine)

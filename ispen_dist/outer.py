@@ -5,23 +5,37 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import functional_call
 
-from ispen_dist import objectives
-from ispen_dist.config import Config, SolverConfig
+from ispen_dist.config import Config, ConfigError, SolverConfig
 from ispen_dist.data.batch import Batch
-from ispen_dist.implicit import Hypergradient, hypergradient, outer_gradients
+from ispen_dist.engine import Engines
+from ispen_dist.implicit import (
+    Hypergradient,
+    hypergradient,
+    outer_gradients,
+    staged_hypergradient,
+    staged_outer_gradients,
+)
 from ispen_dist.linalg import trees
-from ispen_dist.linalg.operators import ComposedLoss, Loss, build_operator, symmetry_defect
-from ispen_dist.linalg.reduction import LossValue, Reduction, agreed
-from ispen_dist.linalg.solvers import CG, Identity, Neumann, Solver
+from ispen_dist.linalg.layout import Layout, norms
+from ispen_dist.linalg.operators import (
+    CurvatureOperator,
+    build_operator,
+    symmetry_defect,
+)
+from ispen_dist.linalg.reduction import agreed
+from ispen_dist.linalg.solvers import CG, Identity, Neumann, SingleReductionCG, Solver
+from ispen_dist.linalg.staged_operators import build_staged_operator
 from ispen_dist.linalg.trees import Tree
-from ispen_dist.optim import Optimizer
+from ispen_dist.losses import Losses
 from ispen_dist.players import Players
 from ispen_dist.seeding import seed_step, step_generator
+
+PROBE_EXAMPLES = 4
+"""Examples per rank on which a product is compared with float64."""
 
 MAX_SYMMETRY_DEFECT = 1e-3
 """Above it the curvature is not that of a function: rounding in float32 stays below 1e-5."""
@@ -79,6 +93,8 @@ def build_solver(config: SolverConfig) -> Solver:
         return Neumann(config.max_steps, config.scale, config.rtol)
     if config.name == "identity":
         return Identity(config.scale)
+    if config.name == "cg_single_reduction":
+        return SingleReductionCG(config.max_steps, config.rtol)
     return CG(config.max_steps, config.rtol)
 
 
@@ -89,50 +105,26 @@ def twice_differentiable() -> Iterator[None]:
         yield
 
 
-def inner_loss_at(players: Players, batch: Batch) -> ComposedLoss:
-    """Return G on a batch as a function of (theta, phi), with dropout as in the inner steps."""
-
-    def model(theta: Tree) -> Tensor:
-        players.inference_net.train()
-        return functional_call(players.inference_net, theta, (batch.inputs,))
-
-    def output_loss(logits: Tensor, phi: Tree) -> LossValue:
-        view = players.view(batch, logits, phi)
-        return objectives.inner(view, players.config.inner.energy_weight)
-
-    return ComposedLoss(model, output_loss)
-
-
-def outer_loss_at(players: Players, batch: Batch, generator: torch.Generator) -> Loss:
-    """Return L on a batch as a function of (theta, phi), with or without dropout."""
-    config = players.config.outer
-
-    def loss(theta: Tree, phi: Tree) -> LossValue:
-        players.inference_net.train(config.dropout)
-        logits = functional_call(players.inference_net, theta, (batch.inputs,))
-        view = players.view(batch, logits, phi, generator)
-        return objectives.outer(view, config.objective, config.task_weight)
-
-    return loss
-
-
 @dataclass
 class OuterStep:
     """Updates phi once per call.
 
     Attributes:
         players: both networks.
-        optimizer: of phi.
-        reduction: sums over ranks.
+        engines: with their optimizers.
         rank: this process, for its samples and dropout masks.
         record: statuses, damping and warm start; part of the checkpoint.
     """
 
     players: Players
-    optimizer: Optimizer
-    reduction: Reduction
+    engines: Engines
     rank: int
     record: SolverRecord
+
+    def __post_init__(self) -> None:
+        self._losses = Losses(self.players, self.engines)
+        self._reduction = self.engines.inference_net.layout.reduction
+        self._keeps_graph = keeps_graph(self._config, self.engines)
 
     @property
     def _config(self) -> Config:
@@ -157,42 +149,42 @@ class OuterStep:
                 return self._explicit_step(outer_batch, step)
             return self._implicit_step(inner_batch, outer_batch, step)
 
-    def _losses(self, outer_batch: Batch, step: int) -> Loss:
+    def _generator(self, outer_batch: Batch, step: int) -> torch.Generator:
+        """Seed the step, and return a generator for its samples."""
         seed = self._config.train.seed
         seed_step(seed, "solve", step, self.rank)
-        device = outer_batch.weight.device
-        generator = step_generator(seed, "samples", step, self.rank, device)
-        return outer_loss_at(self.players, outer_batch, generator)
+        return step_generator(seed, "samples", step, self.rank, outer_batch.weight.device)
 
     def _explicit_step(self, outer_batch: Batch, step: int) -> Mapping[str, float]:
-        loss = self._losses(outer_batch, step)
-        value, _, explicit = outer_gradients(
-            loss, self.players.theta, self.players.phi, self.reduction
-        )
-        norm = self._update(explicit)
+        generator, losses = self._generator(outer_batch, step), self._losses
+        if self._keeps_graph:
+            loss = losses.outer_graph(outer_batch, generator)
+            value, _, explicit = outer_gradients(
+                loss, losses.theta(), losses.phi(), self._reduction
+            )
+        else:
+            value, _, explicit = staged_outer_gradients(losses.outer_staged(outer_batch, generator))
+        norm = self._update(explicit, outer_batch)
         return {"outer_loss": value.item(), "explicit_norm": norm}
 
     def _implicit_step(
         self, inner_batch: Batch, outer_batch: Batch, step: int
     ) -> Mapping[str, float]:
-        probe = {"symmetry_defect": self._probe(inner_batch, step)} if step == 0 else {}
+        probe = self._probe(inner_batch, step) if step == 0 else {}
         solve = self._solve(inner_batch, outer_batch, step)
         usable = solve.status.usable
         if usable:
             self.record.start = trees.detached(solve.solution.value)
         else:
             self.record.num_skipped += 1
-        self._update(solve.value if usable else solve.explicit)
-        norms = torch.stack(
-            [solve.outer_loss]
-            + [trees.norm(t) for t in (solve.inner_gradient, solve.explicit, solve.implicit)]
-        )
-        loss, stationarity, explicit_norm, implicit_norm = norms.tolist()
+        self._update(solve.value if usable else solve.explicit, outer_batch)
+        (stationarity,) = norms(self.engines.inference_net.layout, solve.inner_gradient)
+        explicit, implicit = norms(self.engines.energy.layout, solve.explicit, solve.implicit)
         return {
-            "outer_loss": loss,
+            "outer_loss": solve.outer_loss.item(),
             "stationarity": stationarity,
-            "explicit_norm": explicit_norm,
-            "implicit_norm": implicit_norm,
+            "explicit_norm": explicit,
+            "implicit_norm": implicit,
             "solver_steps": solve.num_steps,
             "residual": solve.residual,
             "damping": self.record.damping,
@@ -200,47 +192,85 @@ class OuterStep:
             **probe,
         }
 
-    def _probe(self, inner_batch: Batch, step: int) -> float:
-        """Check once, before curvature is trusted, that u.Hv = v.Hu.
+    def _probe(self, inner_batch: Batch, step: int) -> Mapping[str, float]:
+        """Check once, before curvature is trusted, that u.Hv = v.Hu, and how exact a product is.
+
+        Returns:
+            `symmetry_defect` of the operator of a solve, and `precision_error`, the distance of
+            one product on a sample from the same in float64.
 
         Raises:
-            SolveFailed: where it is not, as with a network whose second derivative is wrong.
+            SolveFailed: where the defect is large, as with a wrong second derivative.
         """
-        seed = self._config.train.seed
+        seed, config = self._config.train.seed, self._config.solver
+        layout = self.engines.inference_net.layout
         seed_step(seed, "probe", step, self.rank)
-        loss = inner_loss_at(self.players, inner_batch)
-        operator = build_operator(
-            self._config.solver.curvature,
-            loss,
-            self.players.theta,
-            self.players.phi,
-            self.reduction,
-        )
-        generator = torch.Generator().manual_seed(seed)
-        defect = agreed(symmetry_defect(operator, generator), self.reduction)
+        u, v = (random_parts(self._losses.theta(), layout, seed + i) for i in range(2))
+        operator: CurvatureOperator
+        if self._keeps_graph:
+            operator = build_operator(
+                config.curvature,
+                self._losses.inner_graph(inner_batch),
+                self._losses.theta(),
+                self._losses.phi(),
+                self._reduction,
+            )
+        else:
+            staged = self._losses.inner_staged(inner_batch)
+            operator = build_staged_operator(config.curvature, staged)
+        defect = agreed(symmetry_defect(operator, u, v, layout.dots), self._reduction)
         if defect > MAX_SYMMETRY_DEFECT:
             raise SolveFailed(
                 f"inference_net: expected a symmetric Hessian, got a defect of {defect:.1e} "
                 f"(limit {MAX_SYMMETRY_DEFECT:g}); a layer's second derivative is wrong or missing"
             )
-        return defect
+        return {
+            "symmetry_defect": defect,
+            "precision_error": self._precision_error(inner_batch, v, layout),
+        }
+
+    def _precision_error(self, batch: Batch, v: Tree, layout: Layout) -> float:
+        """Compare one product, without dropout, on the rank's first examples with float64."""
+        products = []
+        for dtype in (None, torch.float64):
+            sample = batch.first(PROBE_EXAMPLES)
+            sample = sample if dtype is None else sample.to(sample.weight.device, dtype)
+            loss = self._losses.inner_staged(sample, training=False, dtype=dtype)
+            operator = build_staged_operator(self._config.solver.curvature, loss)
+            direction = {k: x if dtype is None else x.to(dtype) for k, x in v.items()}
+            product = operator.matvec(direction)
+            products.append({k: x.to(torch.float64) for k, x in product.items()})
+        difference = trees.add_scaled(products[0], -1.0, products[1])
+        error, size = norms(layout, difference, products[1])
+        return error / size
+
+    def _hypergradient(self, inner_batch: Batch, outer_batch: Batch, step: int) -> Hypergradient:
+        config, losses = self._config.solver, self._losses
+        generator = self._generator(outer_batch, step)
+        settings: dict[str, Any] = {
+            "solver": build_solver(config),
+            "damping": self.record.damping,
+            "curvature": config.curvature,
+            "start": self.record.start if config.warm_start else None,
+        }
+        if not self._keeps_graph:
+            outer = losses.outer_staged(outer_batch, generator)
+            return staged_hypergradient(losses.inner_staged(inner_batch), outer, **settings)
+        return hypergradient(
+            losses.inner_graph(inner_batch),
+            losses.outer_graph(outer_batch, generator),
+            losses.theta(),
+            losses.phi(),
+            reduction=self._reduction,
+            **settings,
+        )
 
     def _solve(self, inner_batch: Batch, outer_batch: Batch, step: int) -> Hypergradient:
         """Solve, and repeat with larger damping where the configuration says so."""
         config, record = self._config.solver, self.record
         num_repeats = config.max_repeats if config.on_failure == "damp" else 0
         while True:
-            solve = hypergradient(
-                inner_loss_at(self.players, inner_batch),
-                self._losses(outer_batch, step),
-                self.players.theta,
-                self.players.phi,
-                solver=build_solver(config),
-                damping=record.damping,
-                curvature=config.curvature,
-                reduction=self.reduction,
-                start=record.start if config.warm_start else None,
-            )
+            solve = self._hypergradient(inner_batch, outer_batch, step)
             record.count(solve)
             if solve.status.usable:
                 eased = record.damping / math.sqrt(config.damping_factor)
@@ -253,9 +283,34 @@ class OuterStep:
             num_repeats -= 1
             record.damping *= config.damping_factor
 
-    def _update(self, gradient: Tree) -> float:
+    def _update(self, gradient: Tree, batch: Batch) -> float:
         """Apply a gradient unless it is not finite, which every rank sees alike."""
-        norm = trees.norm(gradient).item()
+        (norm,) = norms(self.engines.energy.layout, gradient)
         if math.isfinite(norm):
-            self.optimizer.step(gradient)
+            self.engines.energy.apply(gradient, batch.inputs)
         return norm
+
+
+def keeps_graph(config: Config, engines: Engines) -> bool:
+    """Whether a solve keeps the graph of the whole gradient, see `solver.memory`.
+
+    Raises:
+        ConfigError: if that is asked for with sharded parameters.
+    """
+    memory = config.solver.memory
+    replicated = all(engine.replicated for _, engine in engines.items())
+    if memory == "graph" and not replicated:
+        raise ConfigError(
+            "solver.memory: expected states or recompute with sharded parameters (zero3, fsdp2), "
+            "got graph, which needs all of them on every rank"
+        )
+    return memory == "graph" or (memory == "auto" and replicated)
+
+
+def random_parts(like: Tree, layout: Layout, seed: int) -> Tree:
+    """Return own parts of a random direction, from a generator on the CPU."""
+    generator = torch.Generator().manual_seed(layout.draw_seed(seed))
+    return {
+        key: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+        for key, x in like.items()
+    }

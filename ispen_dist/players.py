@@ -1,6 +1,6 @@
 """The two players of the bilevel problem, and how a batch looks to both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,8 @@ from torch.func import functional_call
 from ispen_dist.config import Config
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Codec
+from ispen_dist.engine import Engines, ReplicatedEngine
+from ispen_dist.linalg.reduction import OneProcess, Reduction
 from ispen_dist.linalg.trees import Tree
 from ispen_dist.models.energies import EnergyNetwork
 from ispen_dist.models.output_spaces import OutputSpace
@@ -40,26 +42,35 @@ class Players:
     @property
     def phi(self) -> Tree:
         """Parameters of the energy that the outer problem learns."""
-        return {
-            name: parameter
-            for name, parameter in self.energy.named_parameters()
-            if not (self.config.energy.freeze_local and name.startswith("feature_network."))
-        }
+        phi = dict(self.energy.named_parameters())
+        return {name: p for name, p in phi.items() if self.learns(name)}
 
     @property
     def local(self) -> Tree:
         """Parameters of the energy's local potentials, which are pre-trained."""
-        return {
-            name: parameter
-            for name, parameter in self.energy.named_parameters()
-            if name.startswith("feature_network.")
-        }
+        return {n: p for n, p in self.energy.named_parameters() if is_local(n)}
+
+    def learns(self, name: str) -> bool:
+        """Whether the outer problem learns this parameter of the energy."""
+        return not (self.config.energy.freeze_local and is_local(name))
+
+    def potentials(self, batch: Batch, phi: Tree | None = None) -> Tensor:
+        """Return the energy's local potentials b(x), with phi in place of the module's own."""
+        local = {n.removeprefix(LOCAL): p for n, p in (phi or {}).items() if is_local(n)}
+        self.energy.eval()
+        return functional_call(self.energy.feature_network, local, (batch.inputs,))
+
+    def with_networks(self, inference_net: nn.Module, energy: nn.Module) -> "Players":
+        """Return the same problem with other definitions of the networks."""
+        assert isinstance(energy, EnergyNetwork)
+        return replace(self, inference_net=inference_net, energy=energy)
 
     def view(
         self,
         batch: Batch,
         logits: Tensor,
-        phi: Tree | None = None,
+        potentials: Tensor,
+        head: Tree | None = None,
         generator: torch.Generator | None = None,
     ) -> View:
         """Return the batch as the objectives see it.
@@ -67,20 +78,50 @@ class Players:
         Args:
             batch: this rank's examples.
             logits: output of the inference network on them.
-            phi: parameters of the energy in place of the module's own.
+            potentials: b(x) of the energy on them, see `potentials`.
+            head: interaction parameters in place of the module's own; others are ignored.
             generator: draws samples.
         """
+        score = _Method(self.energy, "score")
+        own = self._head_of(head or {})
         return View(
             space=self.space,
             inputs=batch.inputs,
             y=self.space.encode(batch.target, batch.inputs, logits.dtype),
             weight=batch.weight,
             logits=logits,
-            energy=lambda y: functional_call(self.energy, phi or {}, (batch.inputs, y)),
+            energy=lambda y: functional_call(score, own, (potentials, y)),
             generator=generator,
             num_samples=self.config.outer.num_samples,
             margin_scale=self.config.outer.margin_scale,
         )
+
+    def interaction(self, head: Tree) -> Tensor:
+        """Return `EnergyNetwork.interaction` of a head."""
+        return functional_call(_Method(self.energy, "interaction"), self._head_of(head), ())
+
+    def _head_of(self, tree: Tree) -> Tree:
+        names = (n for n, _ in self.energy.named_parameters() if not is_local(n))
+        return {f"energy.{name}": tree[name] for name in names if name in tree}
+
+
+LOCAL = "feature_network."
+
+
+def is_local(name: str) -> bool:
+    """Whether a parameter of an energy belongs to its local potentials."""
+    return name.startswith(LOCAL)
+
+
+class _Method(nn.Module):
+    """A method of an energy that reads its head alone, as a module for `functional_call`."""
+
+    def __init__(self, energy: EnergyNetwork, name: str) -> None:
+        super().__init__()
+        self.energy, self.name = energy, name
+
+    def forward(self, *arguments: Tensor) -> Tensor:
+        return getattr(self.energy, self.name)(*arguments)
 
 
 def build_players(config: Config, codec: Codec, device: torch.device) -> Players:
@@ -91,3 +132,19 @@ def build_players(config: Config, codec: Codec, device: torch.device) -> Players
     energy = build_energy(config.energy, codec).to(device, dtype)
     energy.eval()
     return Players(inference_net, energy, output_space(codec), config)
+
+
+def groups_of(network: nn.Module) -> dict[str, list[str]]:
+    """Return names of trainable parameters by group: an energy has `local` and `head`."""
+    names = [name for name, p in network.named_parameters() if p.requires_grad]
+    if not isinstance(network, EnergyNetwork):
+        return {"all": names}
+    local = [name for name in names if is_local(name)]
+    return {"local": local, "head": [name for name in names if not is_local(name)]}
+
+
+def replicated(players: Players, reduction: Reduction | None = None) -> Engines:
+    """Return the engines of players whose networks hold their own parameters."""
+    reduction = reduction or OneProcess()
+    networks: tuple[nn.Module, nn.Module] = (players.inference_net, players.energy)
+    return Engines(*(ReplicatedEngine(net, groups_of(net), reduction) for net in networks))

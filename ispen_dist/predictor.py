@@ -1,7 +1,7 @@
 """A trained model as a folder: both networks as safetensors, settings and codec as JSON."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,34 +51,26 @@ class Predictor:
 
     def predict(self, dataset: Dataset, batch_size: int = 256) -> Iterator[tuple[Batch, Tensor]]:
         """Yield batches in order with their relaxed outputs, one forward pass each."""
-        return predictions(
-            self.players.inference_net, self.players.space, dataset, batch_size=batch_size
-        )
+        network = self.players.inference_net.eval()
+        like = next(network.parameters())
+        return predictions(network, self.players.space, dataset, like, batch_size=batch_size)
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """Return the task's metrics on labelled examples, at the threshold tuned on dev."""
+        network = self.players.inference_net.eval()
         return evaluate(
-            self.players.inference_net,
+            network,
             self.players.space,
             build_metrics(self.codec),
             dataset,
+            next(network.parameters()),
             threshold=self.threshold,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `inference_net.safetensors`, `energy.safetensors` and `config.json`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, network in self._networks().items():
-            tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-            save_file(tensors, folder / f"{name}.safetensors")
-        description = {
-            "format_version": FORMAT_VERSION,
-            "config": config_to_dict(self.config),
-            "codec": asdict(self.codec),
-            "threshold": self.threshold,
-        }
-        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
+        weights = {name: dict(network.state_dict()) for name, network in self._networks().items()}
+        save_model(Path(folder), weights, self.config, self.codec, self.threshold)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: torch.device | str = "cpu") -> "Predictor":
@@ -105,6 +97,35 @@ class Predictor:
 
     def _networks(self) -> dict[str, nn.Module]:
         return {"inference_net": self.players.inference_net, "energy": self.players.energy}
+
+
+def save_model(
+    folder: Path,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    config: Config,
+    codec: Codec,
+    threshold: float | None,
+) -> None:
+    """Write the folder that `Predictor.from_pretrained` reads.
+
+    Args:
+        folder: made if missing.
+        weights: whole tensors by name, of `inference_net` and `energy`.
+        config: settings of the run.
+        codec: names of tags or labels, and token features.
+        threshold: multi-label decision threshold, None for tagging.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tree in weights.items():
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tree.items()}
+        save_file(tensors, folder / f"{name}.safetensors")
+    description = {
+        "format_version": FORMAT_VERSION,
+        "config": config_to_dict(config),
+        "codec": asdict(codec),
+        "threshold": threshold,
+    }
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
 
 
 def _codec(values: dict[str, Any]) -> Codec:

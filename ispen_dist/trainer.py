@@ -9,24 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ispen_dist.checkpoint import (
-    Checkpoint,
-    load_optimizer_tree,
-    optimizer_tree,
-    save_checkpoint,
-)
+from ispen_dist.checkpoint import Checkpoint, save_checkpoint
 from ispen_dist.config import Config, OptimizerConfig
 from ispen_dist.data.datasets import Dataset
 from ispen_dist.data.loading import Splits, hold_out
 from ispen_dist.distributed import Session
+from ispen_dist.engine import MOMENTS, Engine, Engines
 from ispen_dist.evaluate import evaluate
 from ispen_dist.inner import inner_step, pretrain_local_step
 from ispen_dist.linalg.trees import Tree
 from ispen_dist.metrics import build_metrics
-from ispen_dist.optim import Optimizer
+from ispen_dist.optim import Phase
 from ispen_dist.outer import OuterStep, SolverRecord
-from ispen_dist.players import build_players
-from ispen_dist.predictor import Predictor
+from ispen_dist.players import Players, build_players, groups_of
+from ispen_dist.predictor import save_model
 from ispen_dist.recording.run_folder import RunFolder
 from ispen_dist.seeding import derived_seed, seed_step
 from ispen_dist.source import Source
@@ -48,13 +44,18 @@ class Trainer:
 
     def __init__(self, config: Config, splits: Splits, session: Session, folder: RunFolder) -> None:
         self.config, self.splits, self.session, self.folder = config, splits, session, folder
-        self.players = build_players(config, splits.codec, session.device)
-        session.replicate(self.players.inference_net, self.players.energy)
+        self.round = 0
+        built = build_players(config, splits.codec, torch.device("cpu"))
+        self.engines = Engines(
+            *(session.engine(n, net, groups_of(net)) for n, net in networks_of(built).items())
+        )
+        self.players = built.with_networks(
+            self.engines.inference_net.network, self.engines.energy.network
+        )
         self.metrics = build_metrics(splits.codec)
         self._build_sources()
-        self._build_optimizers()
-        self.round = 0
-        self.best: dict[str, dict[str, Tensor]] = {}
+        self._build_phases()
+        self.best: dict[str, Tree] = {}
         self.best_dev: dict[str, float] = {}
         self.num_stale = 0
         self.seconds = 0.0
@@ -70,7 +71,7 @@ class Trainer:
 
     def _build_sources(self) -> None:
         config, seed = self.config, self.config.train.seed
-        dtype = next(self.players.inference_net.parameters()).dtype
+        dtype = torch.float64 if config.train.dtype == "float64" else torch.float32
         inner_data, outer_data = hold_out(config, self.splits.train)
         size = config.outer.batch_size
 
@@ -84,25 +85,28 @@ class Trainer:
             self.outer_source if inner_data is outer_data else source(inner_data, size, "solve")
         )
 
-    def _build_optimizers(self) -> None:
+    def _build_phases(self) -> None:
         config, train = self.config, self.config.train
-        num_warmup = train.warmup_rounds * config.inner.steps
         local = OptimizerConfig(
             learning_rate=config.inner.pretrain_learning_rate,
             weight_decay=config.inner.optimizer.weight_decay,
             final_fraction=0.0,
             clip_norm=config.inner.optimizer.clip_norm,
         )
-        num_inner = self.num_rounds * config.inner.steps
-        self.optimizers = {
-            "theta": Optimizer(self.players.theta, config.inner.optimizer, num_inner),
-            "local": Optimizer(self.players.local, local, num_warmup),
-            "phi": Optimizer(self.players.phi, config.outer.optimizer, train.max_outer_steps),
-        }
+        num_inner, num_warmup = (
+            n * config.inner.steps for n in (self.num_rounds, train.warmup_rounds)
+        )
+        learned = frozenset({"head"} if config.energy.freeze_local else {"local", "head"})
+        outer = config.outer.optimizer
+        self.engines.inference_net.begin(
+            Phase("inner", config.inner.optimizer, num_inner, frozenset({"all"}))
+        )
+        self.pretraining = Phase("pretrain", local, num_warmup, frozenset({"local"}))
+        self.learning = Phase("outer", outer, train.max_outer_steps, learned)
+        self.engines.energy.begin(self.pretraining if self._warming_up else self.learning)
         self.outer_step = OuterStep(
             self.players,
-            self.optimizers["phi"],
-            self.session.reduction,
+            self.engines,
             self.session.rank,
             SolverRecord(damping=config.solver.damping),
         )
@@ -134,6 +138,8 @@ class Trainer:
         figures = self._inner_steps()
         if not self._warming_up and self.config.train.method != "mle":
             step = self.round - self.config.train.warmup_rounds
+            if self.engines.energy.phase is not self.learning:
+                self.engines.energy.begin(self.learning)
             outer_batch = self.outer_source.batch(step)
             same = self.solve_source is self.outer_source
             inner_batch = outer_batch if same else self.solve_source.batch(step)
@@ -141,7 +147,7 @@ class Trainer:
         return figures
 
     def _inner_steps(self) -> dict[str, float]:
-        config, reduction = self.config, self.session.reduction
+        config = self.config
         learns_energy = config.train.method != "mle"
         energy_weight = config.inner.energy_weight if learns_energy else 0.0
         rows = []
@@ -151,15 +157,11 @@ class Trainer:
             seed_step(config.train.seed, "inner", step, self.session.rank)
             row = dict(
                 inner_step(
-                    self.players,
-                    self.optimizers["theta"],
-                    batch,
-                    0.0 if self._warming_up else energy_weight,
-                    reduction,
+                    self.players, self.engines, batch, 0.0 if self._warming_up else energy_weight
                 )
             )
             if self._warming_up and learns_energy and config.inner.pretrain_learning_rate > 0.0:
-                row |= pretrain_local_step(self.players, self.optimizers["local"], batch, reduction)
+                row |= pretrain_local_step(self.players, self.engines, batch)
             rows.append(row)
         return self._means(rows)
 
@@ -190,34 +192,33 @@ class Trainer:
     # -- evaluation and records ----------------------------------------------------------------
 
     def _evaluate(self, dataset: Dataset, threshold: float | None = None) -> dict[str, float]:
+        engine = self.engines.inference_net
         return evaluate(
-            self.players.inference_net,
+            lambda inputs: engine.staged(inputs, keep_states=False).value(),
             self.players.space,
             self.metrics,
             dataset,
+            next(iter(engine.parameters().values())),
             threshold=threshold,
             rank=self.session.rank,
             reduction=self.session.reduction,
         )
 
-    def _networks(self) -> dict[str, nn.Module]:
-        return {"inference_net": self.players.inference_net, "energy": self.players.energy}
-
     def _evaluate_and_select(self) -> None:
         """Evaluate on dev and keep the best networks since the end of the warm-up."""
         dev = self._evaluate(self.splits.dev)
         self.folder.record_dev(self.round, dev)
-        self.folder.record_interaction(
-            self.round, self.players.energy.interaction(), self.splits.codec.output_names
-        )
+        head = self.engines.energy.collect(self.engines.energy.groups["head"])
+        interaction = self.players.interaction(head)
+        self.folder.record_interaction(self.round, interaction, self.splits.codec.output_names)
         if self.round <= self.config.train.warmup_rounds < self.num_rounds:
             return
         main = self.metrics.main
         if not self.best_dev or dev[main] > self.best_dev[main]:
             self.best_dev, self.num_stale = dev, 0
             self.best = {
-                name: {k: v.detach().clone() for k, v in network.state_dict().items()}
-                for name, network in self._networks().items()
+                name: {k: v.detach().clone() for k, v in engine.parameters().items()}
+                for name, engine in self.engines.items()
             }
         else:
             self.num_stale += 1
@@ -231,9 +232,9 @@ class Trainer:
         """Restore the best networks, read test once, export, and write the summary."""
         if not self.best_dev:
             self._evaluate_and_select()
-        for name, network in self._networks().items():
+        for name, engine in self.engines.items():
             if name in self.best:
-                network.load_state_dict(self.best[name])
+                engine.load(self.best[name])
         threshold = self.best_dev.get("threshold")
         test = self._evaluate(self.splits.test, threshold) if self.splits.test else {}
         summary = {
@@ -241,36 +242,59 @@ class Trainer:
             "method": self.config.train.method,
             "seed": self.config.train.seed,
             "world_size": self.session.num_ranks,
+            "runtime": self.session.runtime.name,
             "rounds": self.round,
             "seconds": round(self.seconds, 3),
             "dev": self.best_dev,
             "test": test,
             "hypergradient": self.outer_step.record.summary(),
         }
-        self.folder.finish(summary, Predictor(self.players, self.splits.codec, threshold))
+        self._export(threshold)
+        self.folder.finish(summary)
         self.session.barrier()
         return summary
+
+    def _export(self, threshold: float | None) -> None:
+        """Write the model folder; tensors come to the main process one at a time."""
+        weights = {
+            n: self._whole(engine, engine.parameters()) for n, engine in self.engines.items()
+        }
+        if self.session.is_main:
+            save_model(self.folder.model, weights, self.config, self.splits.codec, threshold)
 
     # -- checkpoints ---------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of everything that changes; replicas are alike, so rank 0 writes."""
+        """Write a checkpoint of everything that changes, as whole tensors; the main process does.
+
+        So it can be resumed on another number of ranks and under another engine.
+        """
+        trees = self._trees()
         if self.session.is_main:
             save_checkpoint(
                 self.folder.checkpoints,
                 self.round,
-                self._trees(),
+                trees,
                 self._state(),
                 self.config.train.keep_checkpoints,
             )
         self.session.barrier()
 
+    def _whole(self, engine: Engine, parts: Tree) -> Tree:
+        """Return whole tensors on the CPU of the main process, and nothing elsewhere."""
+        is_main = self.session.is_main
+        return {name: value for name, value in engine.whole(parts) if is_main}
+
     def _trees(self) -> dict[str, Tree]:
-        trees = {name: dict(net.state_dict()) for name, net in self._networks().items()}
-        for name, optimizer in self.optimizers.items():
-            trees[f"{name}_optimizer"] = optimizer_tree(optimizer.adamw, list(optimizer.parameters))
-        trees["solver_start"] = self.outer_step.record.start or {}
-        trees |= {f"best_{name}": tree for name, tree in self.best.items()}
+        trees = {}
+        for name, engine in self.engines.items():
+            trees[name] = self._whole(engine, engine.parameters())
+            for slot, moments in engine.moments().items():
+                trees[f"{name}_{slot}"] = self._whole(engine, moments)
+            if name in self.best:
+                trees[f"best_{name}"] = self._whole(engine, self.best[name])
+        start = self.outer_step.record.start or {}
+        trees["solver_start"] = self._whole(self.engines.inference_net, start)
         return trees
 
     def _state(self) -> dict[str, Any]:
@@ -281,7 +305,10 @@ class Trainer:
             "seconds": self.seconds,
             "best_dev": self.best_dev,
             "num_stale": self.num_stale,
-            "optimizer_steps": {name: o.num_taken for name, o in self.optimizers.items()},
+            "phases": {
+                name: {"name": engine.phase.name, "num_taken": engine.num_taken}
+                for name, engine in self.engines.items()
+            },
             "solver": {
                 "damping": record.damping,
                 "statuses": dict(record.statuses),
@@ -293,22 +320,31 @@ class Trainer:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint, on any number of ranks."""
+        """Continue from a checkpoint, on any number of ranks and under any engine."""
         trees, state = checkpoint.trees, checkpoint.state
-        for name, network in self._networks().items():
-            network.load_state_dict(trees[name])
-            if f"best_{name}" in trees:
-                self.best[name] = self._to_device(trees[f"best_{name}"])
-        for name, optimizer in self.optimizers.items():
-            tree = trees[f"{name}_optimizer"]
-            load_optimizer_tree(optimizer.adamw, list(optimizer.parameters), tree)
-            optimizer.num_taken = state["optimizer_steps"][name]
-        solver = dict(state["solver"])
-        solver["statuses"] = Counter(solver["statuses"])
-        start = self._to_device(trees["solver_start"]) or None
-        self.outer_step.record = SolverRecord(start=start, **solver)
         self.round, self.seconds = state["round"], state["seconds"]
         self.best_dev, self.num_stale = state["best_dev"], state["num_stale"]
+        if state["phases"]["energy"]["name"] == self.learning.name:
+            self.engines.energy.begin(self.learning)
+        for name, engine in self.engines.items():
+            engine.load(self._own(engine, trees[name]))
+            if f"best_{name}" in trees:
+                self.best[name] = self._own(engine, trees[f"best_{name}"])
+            num_taken = state["phases"][name]["num_taken"]
+            if num_taken:
+                moments = {s: self._own(engine, trees[f"{name}_{s}"]) for s in MOMENTS}
+                engine.load_moments(moments, num_taken)
+        solver = dict(state["solver"])
+        solver["statuses"] = Counter(solver["statuses"])
+        start = self._own(self.engines.inference_net, trees["solver_start"]) or None
+        self.outer_step.record = SolverRecord(start=start, **solver)
 
-    def _to_device(self, tree: Tree) -> Tree:
-        return {key: value.to(self.session.device) for key, value in tree.items()}
+    def _own(self, engine: Engine, tree: Tree) -> Tree:
+        """Return this rank's parts of whole tensors, on its device."""
+        parts = engine.layout.own(tree)
+        return {key: value.to(self.session.device) for key, value in parts.items()}
+
+
+def networks_of(players: Players) -> dict[str, nn.Module]:
+    """Return both networks by the names of their engines."""
+    return {"inference_net": players.inference_net, "energy": players.energy}

@@ -33,8 +33,8 @@ from ispen_dist.data.datasets import MultiLabelCodec
 from ispen_dist.linalg import trees
 from ispen_dist.linalg.operators import build_operator
 from ispen_dist.linalg.trees import Tree
-from ispen_dist.outer import inner_loss_at, outer_loss_at
-from ispen_dist.players import Players, build_players
+from ispen_dist.losses import Losses
+from ispen_dist.players import Players, build_players, replicated
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_FEATURES, NUM_ACTIVE, NUM_LABELS, NUM_GOLD = 1836, 69, 159, 2.4
@@ -55,9 +55,13 @@ class Problem:
     theta: Tree
     phi: Tree
 
+    @property
+    def _losses(self) -> Losses:
+        return Losses(self.players, replicated(self.players))
+
     def inner(self) -> ispen_dist.ComposedLoss:
         """Return G."""
-        return inner_loss_at(self.players, self.batch)
+        return self._losses.inner_graph(self.batch)
 
     def gradient(self) -> Tree:
         """Compute one eager first-order gradient of G in theta: the unit of all figures."""
@@ -71,7 +75,7 @@ class Problem:
         generator = torch.Generator(self.batch.weight.device).manual_seed(0)
         return ispen_dist.hypergradient(
             self.inner(),
-            outer_loss_at(self.players, self.batch, generator),
+            self._losses.outer_graph(self.batch, generator),
             self.theta,
             self.phi,
             solver=ispen_dist.CG(num_steps, 0.0),

@@ -21,8 +21,8 @@ from ispen_dist.data.datasets import MultiLabelCodec, TaggingCodec
 from ispen_dist.data.token_features import HashedTokenFeatures
 from ispen_dist.linalg.operators import ComposedLoss
 from ispen_dist.linalg.trees import Tree
-from ispen_dist.outer import inner_loss_at, outer_loss_at
-from ispen_dist.players import Players, build_players
+from ispen_dist.losses import Losses
+from ispen_dist.players import Players, build_players, replicated
 
 CPU = torch.device("cpu")
 
@@ -177,12 +177,14 @@ def build_problem(task: str, inner_batch: Batch, outer_batch: Batch, **outer: ob
     config = multilabel_config(**outer) if multilabel else tagging_config(task, **outer)
     players = build_players(config, multilabel_codec() if multilabel else tagging_codec(), CPU)
 
+    losses = Losses(players, replicated(players))
+
     def outer_loss(theta: Tree, phi: Tree) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(5)
-        return outer_loss_at(players, outer_batch, generator)(theta, phi)
+        return losses.outer_graph(outer_batch, generator)(theta, phi)
 
     theta = {k: v.detach() for k, v in players.theta.items()}
-    return Problem(inner_loss_at(players, inner_batch), outer_loss, theta, random_phi(players))
+    return Problem(losses.inner_graph(inner_batch), outer_loss, theta, random_phi(players))
 
 
 def random_batch(task: str, size: int, seed: int) -> Batch:

@@ -19,8 +19,6 @@ from ispen_dist.checkpoint import (
     CheckpointError,
     find_checkpoint,
     load_checkpoint,
-    load_optimizer_tree,
-    optimizer_tree,
     save_checkpoint,
 )
 
@@ -437,90 +435,3 @@ def test_a_kill_does_not_cost_the_last_intact_checkpoint(
         assert found in ("step_00000010", "step_00000030")
         num_calls += 1
     assert num_calls > 5
-
-
-# -- optimizers --------------------------------------------------------------------------------
-
-
-def network_and_optimizer(fused: bool, dtype: torch.dtype, amsgrad: bool = False):
-    torch.manual_seed(0)
-    network = nn.Linear(3, 2, dtype=dtype)
-    network.register_parameter("idle", nn.Parameter(torch.zeros(2, dtype=dtype)))
-    groups = [{"params": [network.weight]}, {"params": [network.bias, network.idle], "lr": 0.01}]
-    adamw = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.1, fused=fused, amsgrad=amsgrad)
-    return network, adamw, ["weight", "bias", "idle"]
-
-
-def train(network: nn.Linear, adamw: torch.optim.Optimizer, first: int, last: int) -> None:
-    for i in range(first, last):
-        generator = torch.Generator().manual_seed(i)
-        x = torch.randn(4, 3, generator=generator, dtype=network.weight.dtype)
-        adamw.zero_grad()
-        network(x).pow(3).sum().backward()
-        adamw.step()
-
-
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_an_optimizer_resumes_bit_for_bit(tmp_path: Path, fused: bool, dtype: torch.dtype) -> None:
-    network, adamw, names = network_and_optimizer(fused, dtype, amsgrad=True)
-    train(network, adamw, 0, 3)
-    trees = {"net": dict(network.state_dict()), "adamw": optimizer_tree(adamw, names)}
-    path = save_checkpoint(tmp_path, 3, trees, {}, keep=1)
-    train(network, adamw, 3, 6)
-
-    resumed, adamw_2, _ = network_and_optimizer(fused, dtype, amsgrad=True)
-    loaded = load_checkpoint(path).trees
-    resumed.load_state_dict(loaded["net"])
-    load_optimizer_tree(adamw_2, names, loaded["adamw"])
-    kept = {key: value.clone() for key, value in loaded["adamw"].items()}
-    train(resumed, adamw_2, 3, 6)
-    assert adamw_2.param_groups[1]["lr"] == 0.01
-    assert all(same(a, b) for a, b in zip(network.parameters(), resumed.parameters(), strict=True))
-    after, after_2 = optimizer_tree(adamw, names), optimizer_tree(adamw_2, names)
-    assert list(after) == list(after_2)
-    assert "exp_avg_sq/weight" in after
-    assert not any(key.endswith("idle") for key in after)
-    assert all(same(after[key], after_2[key]) for key in after)
-    assert all(same(kept[key], loaded["adamw"][key]) for key in kept), "the tree is not aliased"
-
-
-def test_an_empty_tree_resets_an_optimizer() -> None:
-    network, adamw, names = network_and_optimizer(False, torch.float32)
-    assert optimizer_tree(adamw, names) == {}
-    train(network, adamw, 0, 1)
-    load_optimizer_tree(adamw, names, {})
-    assert optimizer_tree(adamw, names) == {}
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"exp_avg/other": torch.zeros(1)}, "expected a parameter among weight, bias, idle"),
-        ({"exp_avg/bias": torch.zeros(3)}, r"\(2,\) like the parameter, got torch.float32 \(3,\)"),
-        ({"exp_avg/bias": torch.zeros(2).double()}, "got torch.float64"),
-        ({"exp_avg/idle": torch.zeros(2)}, "expected the same slots for every parameter"),
-    ],
-)
-def test_an_optimizer_tree_that_does_not_fit_is_refused(change: dict, words: str) -> None:
-    network, adamw, names = network_and_optimizer(False, torch.float32)
-    train(network, adamw, 0, 2)
-    tree = optimizer_tree(adamw, names)
-    with pytest.raises(ValueError, match=words):
-        load_optimizer_tree(adamw, names, {**tree, **change})
-    assert all(same(tree[k], v) for k, v in optimizer_tree(adamw, names).items())
-
-
-def test_names_must_match_the_parameters() -> None:
-    _, adamw, names = network_and_optimizer(False, torch.float32)
-    for wrong in (names[:2], [*names[:2], "weight"]):
-        with pytest.raises(ValueError, match="names: expected 3 different ones"):
-            optimizer_tree(adamw, wrong)
-
-
-def test_optimizer_state_that_is_no_tensor_is_refused() -> None:
-    parameter = nn.Parameter(torch.ones(1))
-    sgd = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
-    sgd.state[parameter]["momentum_buffer"] = None
-    with pytest.raises(ValueError, match="momentum_buffer of w: expected a tensor, got NoneType"):
-        optimizer_tree(sgd, ["w"])

@@ -1,5 +1,6 @@
 """What an outer step does with the solve: update, skip, raise the damping, or stop."""
 
+import math
 from dataclasses import replace
 
 import problems
@@ -7,11 +8,11 @@ import pytest
 import torch
 
 from ispen_dist.config import OptimizerConfig
+from ispen_dist.engine import clip_factor
 from ispen_dist.linalg.operators import HessianOperator
-from ispen_dist.linalg.reduction import OneProcess
-from ispen_dist.optim import Optimizer, learning_rate
+from ispen_dist.optim import Phase
 from ispen_dist.outer import OuterStep, SolveFailed, SolverRecord
-from ispen_dist.players import build_players
+from ispen_dist.players import build_players, replicated
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -27,9 +28,14 @@ def outer_step(method="implicit", **solver):
     with torch.no_grad():
         for name, value in problems.random_phi(players).items():
             players.phi[name].copy_(value)
-    optimizer = Optimizer(players.phi, OptimizerConfig(learning_rate=0.1), 10)
-    record = SolverRecord(damping=config.solver.damping)
-    return OuterStep(players, optimizer, OneProcess(), 0, record)
+    engines = replicated(players)
+    engines.energy.begin(phase(learning_rate=0.1))
+    return OuterStep(players, engines, 0, SolverRecord(damping=config.solver.damping))
+
+
+def phase(*groups, **settings):
+    groups = frozenset(groups or ("local", "head"))
+    return Phase("test", OptimizerConfig(**settings), 10, groups)
 
 
 def step(outer):
@@ -99,35 +105,36 @@ def test_a_usable_solve_moves_phi_along_both_parts_and_warms_the_next():
     assert figures["explicit_norm"] > 0.0
     cold_steps = figures["solver_steps"]
     assert outer.record.start is not None
-    outer.optimizer.config = OptimizerConfig(learning_rate=0.0)
+    outer.engines.energy.begin(phase(learning_rate=0.0))
     step(outer)
     figures, _ = step(outer)
     assert figures["solver_steps"] < cold_steps
 
 
 def test_the_schedule_warms_up_and_decays():
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, final_fraction=0.1)
-    rates = [learning_rate(config, s, 20) for s in range(21)]
+    settings = OptimizerConfig(learning_rate=1.0, warmup_steps=4, final_fraction=0.1)
+    rates = [Phase("p", settings, 20, frozenset()).learning_rate(s) for s in range(21)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[20] == pytest.approx(0.1)
 
 
-def test_clipping_limits_the_norm_and_reports_what_it_was():
-    parameters = {"w": torch.nn.Parameter(torch.zeros(2))}
-    optimizer = Optimizer(parameters, OptimizerConfig(clip_norm=1.0), 10)
-    seen = []
-    optimizer.adamw.register_step_pre_hook(lambda *_: seen.append(parameters["w"].grad.clone()))
-    norm = optimizer.step({"w": torch.tensor([3.0, 4.0])})
-    assert norm == pytest.approx(5.0)
-    torch.testing.assert_close(seen[0], torch.tensor([0.6, 0.8]), rtol=1e-9, atol=0.0)
+def test_clipping_limits_the_norm_as_torch_does():
+    for norm, limit in ((5.0, 1.0), (0.5, 1.0), (5.0, 0.0)):
+        w = torch.nn.Parameter(torch.zeros(2))
+        w.grad = torch.tensor([0.6, 0.8]) * norm
+        torch.nn.utils.clip_grad_norm_([w], limit or math.inf)
+        ours = clip_factor(torch.tensor(norm), limit) * torch.tensor([0.6, 0.8]) * norm
+        torch.testing.assert_close(ours, w.grad, rtol=1e-15, atol=0.0)
 
 
 def test_the_first_step_probes_the_curvature(monkeypatch):
     outer = outer_step(damping=5.0)
     batch = problems.random_batch("multilabel", 6, 0)
-    assert outer(batch, batch, 0)["symmetry_defect"] < 1e-14
+    figures = outer(batch, batch, 0)
+    assert figures["symmetry_defect"] < 1e-14
+    assert figures["precision_error"] < 1e-14
     assert "symmetry_defect" not in outer(batch, batch, 1)
     monkeypatch.setattr(
         HessianOperator, "matvec", lambda self, v: {k: torch.randn_like(x) for k, x in v.items()}

@@ -6,14 +6,16 @@ import problems
 import pytest
 import torch
 
+from ispen_dist.linalg import trees
 from ispen_dist.linalg.operators import build_operator, damped
 from ispen_dist.linalg.solution import Status
-from ispen_dist.linalg.solvers import CG, SOLVERS, Identity, Neumann
+from ispen_dist.linalg.solvers import CG, SOLVERS, Identity, Neumann, SingleReductionCG
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 TIGHT = {
     "cg": lambda largest: CG(2000, 1e-13),
+    "cg_single_reduction": lambda largest: SingleReductionCG(2000, 1e-13),
     "neumann": lambda largest: Neumann(20000, largest, rtol=1e-12),
     "identity": lambda largest: Identity(largest),
 }
@@ -59,16 +61,63 @@ def diagonal(*entries):
 ONES = {"w": torch.ones(3, dtype=torch.float64)}
 
 
-def test_cg_stops_on_negative_curvature_with_the_last_good_iterate():
-    solution = CG(20, 1e-10).solve(diagonal(1.0, 2.0, -5.0), ONES)
+CGS = pytest.mark.parametrize("cg", [CG, SingleReductionCG])
+
+
+@CGS
+def test_cg_stops_on_negative_curvature_with_the_last_good_iterate(cg):
+    solution = cg(20, 1e-10).solve(diagonal(1.0, 2.0, -5.0), ONES)
     assert solution.status is Status.NEGATIVE_CURVATURE
     assert not solution.status.usable
     assert solution.num_steps == 0
     assert solution.value["w"].abs().max() == 0.0
 
 
-def test_cg_reports_a_limit_that_came_too_early():
-    solution = CG(1, 1e-10).solve(diagonal(1.0, 2.0, 3.0), ONES)
+def spectrum(condition):
+    """A symmetric positive definite matrix of size 40, and a right-hand side."""
+    draw = torch.Generator().manual_seed(4)
+    Q, _ = torch.linalg.qr(torch.randn(40, 40, generator=draw))
+    A = (Q * torch.logspace(0, math.log10(condition), 40)) @ Q.T
+    return (A + A.T) / 2, {"w": torch.randn(40, generator=draw)}
+
+
+def test_single_reduction_cg_takes_the_iterates_of_cg():
+    A, b = spectrum(1e3)
+    for num_steps in (1, 2, 5, 12):
+        pair = [
+            cg(num_steps, 0.0).solve(lambda v: {"w": A @ v["w"]}, b)
+            for cg in (CG, SingleReductionCG)
+        ]
+        torch.testing.assert_close(pair[0].value, pair[1].value, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(pair[0].residuals, pair[1].residuals, rtol=1e-9, atol=0.0)
+        assert pair[0].num_steps == pair[1].num_steps == num_steps
+
+
+def test_single_reduction_cg_asks_for_its_inner_products_once_per_step():
+    A, b = spectrum(10.0)
+    calls = []
+
+    def counted(pairs):
+        calls.append(len(pairs))
+        return trees.dots(pairs)
+
+    SingleReductionCG(6, 0.0).solve(lambda v: {"w": A @ v["w"]}, b, dots=counted)
+    assert calls == [1] + [4] * 6
+
+
+@CGS
+def test_cg_reports_the_true_residual_in_float32_and_ill_conditioned(cg):
+    A, b = spectrum(1e4)
+    A, b = A.float(), {"w": b["w"].float()}
+    solution = cg(400, 1e-4).solve(lambda v: {"w": A @ v["w"]}, b)
+    assert solution.status is Status.CONVERGED
+    true = (b["w"] - A @ solution.value["w"]).norm() / b["w"].norm()
+    assert true < 1e-3
+
+
+@CGS
+def test_cg_reports_a_limit_that_came_too_early(cg):
+    solution = cg(1, 1e-10).solve(diagonal(1.0, 2.0, 3.0), ONES)
     assert solution.status is Status.MAX_STEPS
     assert solution.status.usable
     assert solution.num_steps == 1
@@ -77,13 +126,15 @@ def test_cg_reports_a_limit_that_came_too_early():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("solver", [CG(5), Neumann(5), Identity()], ids=list(SOLVERS))
+@pytest.mark.parametrize(
+    "solver", [CG(5), SingleReductionCG(5), Neumann(5), Identity()], ids=list(SOLVERS)
+)
 def test_a_right_hand_side_that_is_not_finite_is_reported(solver, bad):
     solution = solver.solve(diagonal(1.0, 1.0, 1.0), {"w": torch.tensor([1.0, bad, 1.0])})
     assert solution.status is Status.NOT_FINITE
 
 
-@pytest.mark.parametrize("solver", [CG(5), Neumann(5)], ids=["cg", "neumann"])
+@pytest.mark.parametrize("solver", [CG(5), SingleReductionCG(5), Neumann(5)])
 def test_a_product_that_is_not_finite_is_reported(solver):
     solution = solver.solve(diagonal(1.0, math.nan, 1.0), ONES)
     assert solution.status is Status.NOT_FINITE
@@ -103,7 +154,9 @@ def test_neumann_is_the_truncated_series_of_the_paper():
     assert solution.num_steps == num_terms
 
 
-@pytest.mark.parametrize("solver", [CG(5), Neumann(5), Identity()], ids=list(SOLVERS))
+@pytest.mark.parametrize(
+    "solver", [CG(5), SingleReductionCG(5), Neumann(5), Identity()], ids=list(SOLVERS)
+)
 def test_a_zero_right_hand_side_takes_no_product(solver):
     def forbidden(v):
         raise AssertionError("a product was taken")
@@ -113,10 +166,11 @@ def test_a_zero_right_hand_side_takes_no_product(solver):
     assert solution.num_steps == 0
 
 
-def test_a_start_worse_than_zero_is_dropped():
+@CGS
+def test_a_start_worse_than_zero_is_dropped(cg):
     bad = {"w": torch.full((3,), 1e6)}
-    cold = CG(2, 0.0).solve(diagonal(1.0, 2.0, 3.0), ONES)
-    warm = CG(2, 0.0).solve(diagonal(1.0, 2.0, 3.0), ONES, start=bad)
+    cold = cg(2, 0.0).solve(diagonal(1.0, 2.0, 3.0), ONES)
+    warm = cg(2, 0.0).solve(diagonal(1.0, 2.0, 3.0), ONES, start=bad)
     assert torch.equal(cold.value["w"], warm.value["w"])
 
 

@@ -12,13 +12,13 @@ from ispen_dist.models.registry import ENERGIES, NETWORKS
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ispen_dist"
 LAYERS = [
-    ["config"],
+    ["config", "linalg"],
     ["data", "command_line"],
     ["models"],
     ["objectives"],
-    ["linalg"],
     ["implicit"],
-    ["players", "optim", "seeding", "metrics", "manifest", "optimizer_state", "checkpoint"],
+    ["engine", "players", "optim", "seeding", "metrics", "manifest", "checkpoint"],
+    ["losses"],
     ["evaluate", "inner", "outer"],
     ["plan", "predictor", "prediction_files", "distributed"],
     ["source"],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ispen_dist.data.token_features import HashedTokenFeatures, collapsed, kind, shape
-from ispen_dist.models.encoders import SelfAttention, TokenEmbedding, TransformerEncoder
+from ispen_dist.models.encoders import SelfAttention, TokenEmbedding
 from ispen_dist.models.taggers import BiLSTMTagger, TransformerTagger
 
 NUM_BUCKETS, NUM_TAGS, NUM_FEATURES = 11, 3, 4
@@ -199,17 +199,6 @@ def test_attention_matches_pytorch() -> None:
 def test_attention_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="num_heads: expected a divisor of the width 6, got 4"):
         SelfAttention(6, 4)
-
-
-def test_transformer_can_be_run_block_by_block() -> None:
-    torch.manual_seed(0)
-    encoder = TransformerEncoder(4, 5, num_layers=3, num_heads=1).double()
-    assert len({tuple(block.state_dict()) for block in encoder.blocks}) == 1
-    x, mask = torch.randn(1, 3, 4, dtype=torch.float64), torch.ones(1, 3, dtype=torch.bool)
-    h = encoder.embed(x)
-    for block in encoder.blocks:
-        h = block(h, torch.zeros(1, 1, 1, 3, dtype=torch.float64))
-    torch.testing.assert_close(encoder.final_norm(h), encoder(x, mask))
 
 
 def test_feature_ids_are_pinned() -> None:

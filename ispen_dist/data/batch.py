@@ -39,3 +39,7 @@ class Batch:
                 else x.to(device, non_blocking=True)
             )
         )
+
+    def first(self, num_rows: int) -> "Batch":
+        """Return the first rows, all where there are fewer."""
+        return self._map(lambda x: x[:num_rows])

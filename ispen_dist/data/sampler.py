@@ -56,7 +56,11 @@ class ShardedSampler:
 def in_order(
     num_examples: int, batch_size: int, rank: int = 0, num_ranks: int = 1
 ) -> Iterator[np.ndarray]:
-    """Yield this rank's row numbers in order, each example on exactly one rank, for evaluation."""
-    own = np.array_split(np.arange(num_examples), num_ranks)[rank]
-    for begin in range(0, len(own), batch_size):
-        yield own[begin : begin + batch_size]
+    """Yield this rank's row numbers in order, each example on exactly one rank, for evaluation.
+
+    Every rank gets equally many batches, the last ones possibly empty, so that all ranks take part
+    in what a batch needs of them.
+    """
+    parts = np.array_split(np.arange(num_examples), num_ranks)
+    for begin in range(0, len(parts[0]), batch_size):
+        yield parts[rank][begin : begin + batch_size]

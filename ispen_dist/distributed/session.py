@@ -1,30 +1,58 @@
-"""One process of a run: its rank, its device, and how it stays in step with the others."""
+"""One process of a run: its rank, its device, its engines, and how it stays in step with others."""
+
+import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
+from ispen_dist.distributed.engines import (
+    DeepSpeedEngine,
+    FullyShardedEngine,
+    shard,
+    without_hooks,
+)
 from ispen_dist.distributed.ranks import Ranks
+from ispen_dist.distributed.runtime import Runtime, runtime_from
+from ispen_dist.engine import Engine, Groups, ReplicatedEngine
+
+NETWORKS = ("inference_net", "energy")
+"""Names of the two engines of a run."""
 
 
 class Session:
     """The processes of a run, as started by `accelerate launch`, torchrun or plain python.
 
-    Uses the GPUs with nccl where there are any, otherwise the CPU with gloo.
+    Uses the GPUs with nccl where there are any, otherwise the CPU with gloo. Which engine shards
+    the networks is what Accelerate was configured for, see `Runtime`.
 
     Attributes:
+        runtime: the engine, and the precision of first-order steps.
         rank: this process, 0 to num_ranks - 1.
         num_ranks: number of processes.
         device: where this process computes.
         reduction: sums over the processes.
+
+    Raises:
+        ConfigError: for an engine that is not supported.
     """
 
     def __init__(self) -> None:
-        self._state = PartialState(cpu=not torch.cuda.is_available())
+        self.runtime: Runtime = runtime_from()
+        on_cpu = not torch.cuda.is_available()
+        self._accelerators: dict[str, Accelerator] = {}
+        if self.runtime.uses_deepspeed:
+            if on_cpu:
+                os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            self._accelerators = _deepspeed_accelerators(on_cpu)
+        self._state = PartialState() if self.runtime.uses_deepspeed else PartialState(cpu=on_cpu)
         self.rank = self._state.process_index
         self.num_ranks = self._state.num_processes
-        self.device = self._state.device
+        self.device = torch.device("cpu") if on_cpu else self._state.device
         self.reduction = Ranks()
 
     @property
@@ -36,12 +64,39 @@ class Session:
         """Wait for all processes."""
         self._state.wait_for_everyone()
 
-    def replicate(self, *modules: nn.Module) -> None:
+    def engine(self, name: str, network: nn.Module, groups: Groups) -> Engine:
+        """Hand a network on the CPU to the engine of the run.
+
+        Afterwards use `Engine.network` in its place: the network itself may have been sharded.
+
+        Args:
+            name: one of `NETWORKS`.
+            network: built alike on every rank; rank 0's parameters are what counts.
+            groups: parameter names by group of the optimizer.
+        """
+        if self.runtime.name == "replicas":
+            self._broadcast(network.to(self.device))
+            return ReplicatedEngine(network, groups, self.reduction, self.runtime.low_precision)
+        plain = without_hooks(network)
+        if self.runtime.name == "fsdp2":
+            plugin = FullyShardedDataParallelPlugin()
+            mesh = init_device_mesh(self.device.type, (self.num_ranks,))
+            shard(network, mesh, plugin, self.runtime.low_precision)
+            return FullyShardedEngine(plain, groups, network, self.device)
+        accelerator = self._accelerators[name]
+        accelerator.state.select_deepspeed_plugin(name)
+        named = dict(network.named_parameters())
+        adamw = torch.optim.AdamW(
+            [{"params": [named[n] for n in names]} for names in groups.values()]
+        )
+        wrapped, _ = accelerator.prepare(network, adamw)
+        return DeepSpeedEngine(plain, groups, wrapped)
+
+    def _broadcast(self, network: nn.Module) -> None:
         """Copy the parameters of rank 0 to every rank."""
         if self.num_ranks > 1:
-            for module in modules:
-                for tensor in module.state_dict().values():
-                    dist.broadcast(tensor, src=0)
+            for tensor in network.state_dict().values():
+                dist.broadcast(tensor, src=0)
 
     def agree(self, number: int) -> int:
         """Return the number that rank 0 has, on every rank."""
@@ -54,3 +109,29 @@ class Session:
         """Leave the process group, so that no process is left waiting."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _deepspeed_accelerators(on_cpu: bool) -> dict[str, Accelerator]:
+    """Return an Accelerator per network; they share the process group and differ in plugin."""
+    plugins = {name: DeepSpeedPlugin(zero3_init_flag=False) for name in NETWORKS}
+    for plugin in plugins.values():
+        plugin.deepspeed_config |= _SETTINGS
+        plugin.deepspeed_config.pop("train_batch_size", None)
+        # Replaces torch.nn.functional.linear in the whole process; kept small parameters would
+        # have two copies to set on resume.
+        if plugin.zero_stage == 3:
+            plugin.deepspeed_config["zero_optimization"] |= {
+                "memory_efficient_linear": False,
+                "stage3_param_persistence_threshold": 0,
+            }
+    handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
+    first = Accelerator(deepspeed_plugins=plugins, kwargs_handlers=handlers)
+    return {name: first if name == NETWORKS[0] else Accelerator() for name in NETWORKS}
+
+
+_SETTINGS = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 1.0,
+}
+"""Sizes that DeepSpeed wants to know and the trainer decides itself; clipping is set per step."""

@@ -12,7 +12,7 @@ Only reverse mode is used. It is right through layer norm, batch norm, LSTM and 
 where forward mode over reverse mode is not always (torch 2.13).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from ispen_dist.linalg.reduction import LossValue, OneProcess, Reduction, own_sh
 from ispen_dist.linalg.trees import Tree, add_scaled, as_leaves, detached, dots
 
 Loss = Callable[[Tree, Tree], LossValue]
+Dots = Callable[[Sequence[tuple[Tree, Tree]]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def build_operator(
     raise ValueError(f"curvature: expected one of {', '.join(CURVATURES)}, got {curvature!r}")
 
 
-def symmetry_defect(operator: CurvatureOperator, generator: torch.Generator) -> Tensor:
+def symmetry_defect(operator: CurvatureOperator, u: Tree, v: Tree, dots: Dots = dots) -> Tensor:
     """Measure how far an operator is from symmetric, `|u.Hv - v.Hu| / (|Hv| |u| + |Hu| |v|)`.
 
     A probe before curvature is trusted: rounding gives about the unit roundoff; a loss that draws
@@ -207,15 +208,10 @@ def symmetry_defect(operator: CurvatureOperator, generator: torch.Generator) -> 
 
     Args:
         operator: the curvature.
-        generator: draws `u` and `v`, on the CPU; seeded alike on every rank.
+        u: a random direction.
+        v: another one.
+        dots: inner products, over ranks where trees are own parts.
     """
-    u, v = (
-        {
-            key: torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g)
-            for key, g in operator.gradient.items()
-        }
-        for _ in range(2)
-    )
     Hu, Hv = operator.matvec(u), operator.matvec(v)
     uHv, vHu, uu, vv, HuHu, HvHv = dots(
         [(u, Hv), (v, Hu), (u, u), (v, v), (Hu, Hu), (Hv, Hv)]

@@ -11,11 +11,15 @@ Shapes: B batch, T tokens, F hashed features per token, D width, N heads.
 """
 
 import math
+from abc import ABC, abstractmethod
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from ispen_dist.models.stages import Inputs, Part, State
 
 # Large enough that exp underflows to zero in float32 beside any plausible score, and finite.
 MASKED_SCORE = -1e4
@@ -46,7 +50,20 @@ class TokenEmbedding(nn.Module):
         return (present.unsqueeze(-2) @ F.embedding(ids_BTF, self.weight)).squeeze(-2)
 
 
-class BiLSTMEncoder(nn.Module):
+class Encoder(nn.Module, ABC):
+    """From token vectors (B, T, D) to hidden vectors (B, T, `output_size`), stage by stage.
+
+    The state of every stage is the hidden vectors alone; the mask is `inputs["mask"]`, (B, T).
+    """
+
+    output_size: int
+
+    @abstractmethod
+    def parts(self) -> list[Part]:
+        """Return the stages in order."""
+
+
+class BiLSTMEncoder(Encoder):
     """Bidirectional LSTM over right-padded sequences; padding never changes a result.
 
     Sequences are packed, so the backward direction starts at the last token. Of the ways to
@@ -73,15 +90,18 @@ class BiLSTMEncoder(nn.Module):
         )
         self.output_size = 2 * hidden_size
 
-    def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """Return (B, T, 2 * hidden_size), zeros at padding; filler rows may be all padding."""
+    def parts(self) -> list[Part]:
+        """Return one stage; its output is zero at padding, and filler rows may be all padding."""
+        return [Part("lstm", self._run, [self.lstm])]
+
+    def _run(self, inputs: Inputs, x_BTD: Tensor) -> State:
         # An empty sequence cannot be packed: filler rows run one step, which nothing reads.
-        lengths = mask_BT.sum(-1).clamp(min=1).cpu()
+        lengths = inputs["mask"].sum(-1).clamp(min=1).cpu()
         packed = pack_padded_sequence(x_BTD, lengths, batch_first=True, enforce_sorted=False)
         hidden, _ = pad_packed_sequence(
             self.lstm(packed)[0], batch_first=True, total_length=x_BTD.shape[1]
         )
-        return hidden
+        return (hidden,)
 
 
 class SelfAttention(nn.Module):
@@ -159,7 +179,7 @@ def window(x_BTD: Tensor) -> Tensor:
     return torch.cat([padded[:, :-2], x_BTD, padded[:, 2:]], dim=-1)
 
 
-class TransformerEncoder(nn.Module):
+class TransformerEncoder(Encoder):
     """Stack of identical pre-norm blocks over tokens with sinusoidal positions.
 
     The input of the first block is a projection of a window of three tokens: attention learns
@@ -167,9 +187,6 @@ class TransformerEncoder(nn.Module):
     0.847 in three trials without the window, 0.867 to 0.870 in three with it).
 
     Inputs must be zero at padding, which `TokenEmbedding` sees to.
-
-    `embed`, then each of `blocks` with the bias of `mask_bias`, then `final_norm` is the whole
-    forward pass; an engine that works block by block calls these parts itself.
 
     Args:
         input_size: D of the input.
@@ -190,15 +207,24 @@ class TransformerEncoder(nn.Module):
         self.final_norm = nn.LayerNorm(width)
         self.output_size = width
 
-    def embed(self, x_BTD: Tensor) -> Tensor:
-        """Return the input of the first block: (B, T, width)."""
-        h_BTD = self.project(window(x_BTD))
-        return h_BTD + sinusoidal_positions(h_BTD.shape[1], h_BTD.shape[2], h_BTD)
+    def parts(self) -> list[Part]:
+        """Return the projection, every block, and the final norm."""
+        blocks = (
+            Part(f"blocks.{i}", partial(self._block, block), [block])
+            for i, block in enumerate(self.blocks)
+        )
+        return [
+            Part("project", self._embed, [self.project]),
+            *blocks,
+            Part("final_norm", self._normalise, [self.final_norm]),
+        ]
 
-    def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """Return (B, T, width)."""
-        bias = mask_bias(mask_BT, x_BTD.dtype)
-        h_BTD = self.embed(x_BTD)
-        for block in self.blocks:
-            h_BTD = block(h_BTD, bias)
-        return self.final_norm(h_BTD)
+    def _embed(self, inputs: Inputs, x_BTD: Tensor) -> State:
+        h_BTD = self.project(window(x_BTD))
+        return (h_BTD + sinusoidal_positions(h_BTD.shape[1], h_BTD.shape[2], h_BTD),)
+
+    def _block(self, block: nn.Module, inputs: Inputs, h_BTD: Tensor) -> State:
+        return (block(h_BTD, mask_bias(inputs["mask"], h_BTD.dtype)),)
+
+    def _normalise(self, inputs: Inputs, h_BTD: Tensor) -> State:
+        return (self.final_norm(h_BTD),)

@@ -1,8 +1,10 @@
 """Energy networks E_phi(x, y): one number per example, low where y fits x.
 
-Called as `energy(inputs, y)` with `y` relaxed or gold, (B, ...) or with a leading sample
-dimension (S, B, ...); the features of x are computed once for all samples. `local_logits(inputs)`
-gives the local potentials, which are pre-trained as the logits of an independent model.
+An energy has two parts: `potentials(inputs)`, from a feature network of its own that sees x
+alone, and `score(potentials, y)`, which reads the few parameters of the interaction, the *head*.
+`y` is relaxed or gold, (B, ...) or with a leading sample dimension (S, B, ...). The potentials are
+pre-trained as the logits of an independent model; they do not depend on y, so they are computed
+once per batch, whatever is done with y.
 
 To add one: write the module here or in a file of its own, and add a row to `models/registry.py`.
 Shapes: B batch, T tokens, K tags, L labels, M interaction units, S samples.
@@ -29,13 +31,18 @@ class EnergyNetwork(nn.Module, ABC):
         super().__init__()
         self.feature_network = feature_network
 
-    def local_logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def potentials(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the local potentials `b(x)`, shaped like the logits of the inference network."""
         return self.feature_network(inputs)
 
     @abstractmethod
-    def forward(self, inputs: Mapping[str, Tensor], y: Tensor) -> Tensor:
+    def score(self, potentials: Tensor, y: Tensor) -> Tensor:
         """Return energies (B,) of y (B, ...), or (S, B) of y (S, B, ...)."""
+
+    def forward(self, inputs: Mapping[str, Tensor], y: Tensor | None = None) -> Tensor:
+        """Return the energies of y at inputs, see `score`; without y the local potentials."""
+        potentials = self.potentials(inputs)
+        return potentials if y is None else self.score(potentials, y)
 
     @abstractmethod
     def interaction(self) -> Tensor:
@@ -64,9 +71,9 @@ class LabelInteractionEnergy(EnergyNetwork):
         """Return `v^T softplus(M y)` per example."""
         return F.softplus(y @ self.M.T) @ self.v
 
-    def forward(self, inputs: Mapping[str, Tensor], y: Tensor) -> Tensor:
+    def score(self, potentials: Tensor, y: Tensor) -> Tensor:
         """Return energies (B,) of y (B, L), or (S, B) of y (S, B, L)."""
-        local = self.local_logits(inputs) + self.label_bias
+        local = potentials + self.label_bias
         return self.global_energy(y) - (y * local).sum(-1)
 
     def interaction(self) -> Tensor:
@@ -90,12 +97,12 @@ class LinearChainEnergy(EnergyNetwork):
         self.label_bias = nn.Parameter(torch.zeros(num_tags))
         self.W = nn.Parameter(torch.zeros(num_tags, num_tags))
 
-    def forward(self, inputs: Mapping[str, Tensor], y: Tensor) -> Tensor:
+    def score(self, potentials: Tensor, y: Tensor) -> Tensor:
         """Return energies (B,) of y (B, T, K), or (S, B) of y (S, B, T, K).
 
         Padding needs no mask of its own: `y` is zero there and enters every term as a factor.
         """
-        local = self.local_logits(inputs) + self.label_bias
+        local = potentials + self.label_bias
         unary = (y * local).sum((-1, -2))
         pairwise = ((y[..., :-1, :] @ self.W) * y[..., 1:, :]).sum((-1, -2))
         return -(unary + pairwise)

@@ -1,8 +1,10 @@
 """Multi-layer perceptron from a feature row to label logits."""
 
-from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor, nn
+
+from ispen_dist.models.stages import Inputs, Part, StagedNetwork, State
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -12,7 +14,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-class MLP(nn.Module):
+class MLP(StagedNetwork):
     """Feed-forward network.
 
     With ReLU the second derivative of each hidden unit is zero almost everywhere, so the Hessian
@@ -51,6 +53,18 @@ class MLP(nn.Module):
             width = hidden_size
         self.layers = nn.Sequential(*layers, nn.Linear(width, num_labels))
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return logits (B, L) of `inputs["features"]` (B, D)."""
-        return self.layers(inputs["features"])
+    def parts(self) -> list[Part]:
+        """Return one stage per linear layer, with what comes before the next one.
+
+        The input is `inputs["features"]` (B, D), the output logits (B, L).
+        """
+        linear = [i for i, layer in enumerate(self.layers) if isinstance(layer, nn.Linear)]
+        starts = [0, *linear[1:]]  # the first stage begins with the dropout of the input
+        ends = [*linear[1:], len(self.layers)]
+        return [
+            Part(f"layers.{n}", partial(self._run, self.layers[i:j]), [self.layers[n]])
+            for n, i, j in zip(linear, starts, ends, strict=True)
+        ]
+
+    def _run(self, layers: nn.Sequential, inputs: Inputs, *state: Tensor) -> State:
+        return (layers(*state) if state else layers(inputs["features"]),)

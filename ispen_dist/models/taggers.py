@@ -5,19 +5,18 @@ Used as inference networks A_theta and as the local potentials of an energy. Inp
 (B, T, K), finite and of no meaning at padding.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
-from ispen_dist.models.encoders import BiLSTMEncoder, TokenEmbedding, TransformerEncoder
+from ispen_dist.models.encoders import BiLSTMEncoder, Encoder, TokenEmbedding, TransformerEncoder
+from ispen_dist.models.stages import Inputs, Part, StagedNetwork, State
 
 
-class _Tagger(nn.Module):
+class _Tagger(StagedNetwork):
     """Embedding, encoder, and a shortcut from the token's own features to its logits."""
 
     def __init__(
-        self, embedding: TokenEmbedding, encoder: nn.Module, sizes: tuple[int, int], dropout: float
+        self, embedding: TokenEmbedding, encoder: Encoder, sizes: tuple[int, int], dropout: float
     ) -> None:
         super().__init__()
         self.embedding = embedding
@@ -25,11 +24,29 @@ class _Tagger(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(*sizes)
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return logits (B, T, K)."""
+    def parts(self) -> list[Part]:
+        """Return the embedding, the stages of the encoder, and the logits.
+
+        The state is `(x, h)`: token vectors (B, T, D) for the shortcut, and hidden vectors.
+        """
+        return [
+            Part("embedding", self._embed, [self.embedding]),
+            *(self._around(part) for part in self.encoder.parts()),
+            Part("output", self._score, [self.output]),
+        ]
+
+    def _embed(self, inputs: Inputs) -> State:
         x_BTD = self.dropout(self.embedding(inputs["features"]))
-        h_BTD = self.encoder(x_BTD, inputs["mask"])
-        return self.output(torch.cat([self.dropout(h_BTD), x_BTD], dim=-1))
+        return x_BTD, x_BTD
+
+    def _around(self, part: Part) -> Part:
+        def run(inputs: Inputs, x_BTD: Tensor, h_BTD: Tensor) -> State:
+            return x_BTD, *part.function(inputs, h_BTD)
+
+        return Part(f"encoder.{part.name}", run, list(part.reads))
+
+    def _score(self, inputs: Inputs, x_BTD: Tensor, h_BTD: Tensor) -> State:
+        return (self.output(torch.cat([self.dropout(h_BTD), x_BTD], dim=-1)),)
 
 
 class BiLSTMTagger(_Tagger):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ispen_dist.command_line import config_to_dict, dump_config, load_config
 from ispen_dist.config import Config, ConfigError
-from ispen_dist.predictor import Predictor
 from ispen_dist.recording.console import Console
 from ispen_dist.recording.metrics_file import MetricsFile, read_metrics
 from ispen_dist.recording.tensorboard import TensorBoardRecorder
@@ -115,11 +114,15 @@ class RunFolder:
             row_name=rows, column_name=columns, value_name=value,
         )  # fmt: skip
 
-    def finish(self, summary: Mapping[str, Any], predictor: Predictor) -> None:
-        """Export the model, write the summary and print the table of results."""
+    @property
+    def model(self) -> Path:
+        """Where the trained model goes."""
+        return self.path / "model"
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary and print the table of results."""
         if not self._is_main:
             return
-        predictor.save_pretrained(self.path / "model")
         write_text(self.path / _SUMMARY, json.dumps(summary, indent=2) + "\n")
         results = {f"test/{k}": v for k, v in summary["test"].items()}
         results |= {f"best_dev/{k}": v for k, v in summary["dev"].items()}

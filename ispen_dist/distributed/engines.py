@@ -1,0 +1,342 @@
+"""DeepSpeed and FSDP2 behind the `Engine` interface, and what had to be worked around.
+
+Both networks are engines of their own. Each is called only in a graph that ends in its own
+backward; the other player, evaluation and all second-order work read own parts through a plain
+copy of the network instead. Reasons, as measured with torch 2.13 and deepspeed 0.19:
+
+- Second derivatives fail through all engines: DDP does not reduce them and says nothing, FSDP2 and
+  ZeRO raise. Hence `Engine.network`, a copy without hooks on the meta device.
+- Calling the energy's engine in the inference network's step is silently wrong under ZeRO-3 and
+  raises under ZeRO-1 and 2.
+- DeepSpeed averages gradients over ranks, so a rank's share of the global mean is scaled by their
+  number. FSDP2 is told to add.
+- DeepSpeed takes a gradient only between a backward and a step, so `apply` runs the backward of
+  zero first.
+- The padding at the end of a ZeRO-3 partition is uninitialised memory; `Cut.size` leaves it out.
+- ZeRO keeps its optimizer in float32, whatever the type of the parameters; under bf16 curvature
+  reads that float32 copy.
+- Accelerate never selects FSDP on a CPU, so parameters are sharded by torch's `fully_shard` itself,
+  with the settings of Accelerate's plugin, on every device.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from ispen_dist.distributed.ranks import Ranks
+from ispen_dist.distributed.shards import Cut, Shards
+from ispen_dist.engine import MOMENTS, Engine, Groups, clip_factor, copy_into
+from ispen_dist.linalg.layout import Replicas
+from ispen_dist.linalg.trees import Tree, scaled
+from ispen_dist.models.stages import Inputs, parts_of
+
+
+def without_hooks(network: nn.Module) -> nn.Module:
+    """Return a copy of a network whose parameters are shapes without memory."""
+    with torch.device("meta"):
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+            for p in network.parameters()
+        }
+    return copy.deepcopy(network, memo)
+
+
+# -- DeepSpeed -----------------------------------------------------------------------------------
+
+
+class DeepSpeedEngine(Engine):
+    """A network under ZeRO-1, 2 or 3.
+
+    Args:
+        network: the network as built, before `wrapped` took it.
+        groups: parameter names by group, in the order of the optimizer's groups.
+        wrapped: what Accelerate made of the network: a `deepspeed.DeepSpeedEngine`.
+    """
+
+    def __init__(self, network: nn.Module, groups: Groups, wrapped: Any) -> None:
+        self._engine = wrapped
+        self._zero = wrapped.optimizer
+        self._parameters = dict(wrapped.module.named_parameters())
+        self._sharded = wrapped.zero_optimization_stage() == 3
+        self._low_precision = wrapped.bfloat16_enabled()
+        if self._sharded:
+            layout: Shards | Replicas = Shards(
+                {n: Cut(p.ds_shape, p.ds_tensor.numel()) for n, p in self._parameters.items()}
+            )
+        else:
+            layout = Replicas(Ranks())
+        super().__init__(network, layout, groups)
+
+    def parameters(self, names: Iterable[str] | None = None) -> Tree:
+        """Return own parts; under bf16 of the optimizer's float32 copy."""
+        return {name: self._own(name) for name in (names or self._parameters)}
+
+    def _own(self, name: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+
+        p = self._parameters[name]
+        if not self._sharded:
+            return safe_get_full_fp32_param(p) if self._low_precision else p.detach()
+        part = safe_get_local_fp32_param(p) if self._low_precision else p.ds_tensor.detach()
+        return part.to(p.device)[: self._size(name)]
+
+    def _size(self, name: str) -> int:
+        return self.layout.cuts[name].size(dist.get_rank())
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Run the engine."""
+        self._engine.train()
+        if self._low_precision:
+            inputs = {
+                key: x.bfloat16() if x.is_floating_point() else x for key, x in inputs.items()
+            }
+        output = self._engine(inputs)
+        return output.float() if self._low_precision else output
+
+    def step(
+        self, total: Tensor, also: Sequence[Tensor], count: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """See `Engine.step`."""
+        *sums, global_count = self.layout.reduction.sum([*(s.detach() for s in also), count])
+        self._engine.backward(total * (dist.get_world_size() / global_count))
+        norm = self._take_step()
+        return [s / global_count for s in sums], norm
+
+    def apply(self, gradient: Tree, inputs: Inputs) -> None:
+        """See `Engine.apply`."""
+        from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
+
+        self._engine.backward((self.forward(inputs) * 0.0).sum())
+        for name, p in self._parameters.items():
+            if self._sharded:
+                part = gradient.get(name)
+                safe_set_local_grad(p, self._padded(name, part, p.ds_tensor.float()))
+            else:
+                value = gradient.get(name)
+                safe_set_full_grad(p, torch.zeros_like(p) if value is None else value.to(p))
+        self._take_step()
+
+    def _padded(self, name: str, part: Tensor | None, like: Tensor) -> Tensor:
+        whole = torch.zeros_like(like)
+        if part is not None:
+            whole[: self._size(name)] = part
+        return whole
+
+    def _take_step(self) -> Tensor:
+        self._zero.clip_grad = self.phase.config.clip_norm
+        self._prepare(self._zero.param_groups)
+        self._engine.step()
+        self.num_taken += 1
+        norm = self._engine.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self._engine.device).reshape(())
+
+    @torch.no_grad()
+    def load(self, parameters: Tree) -> None:
+        """See `Engine.load`: both the engine's parameters and the optimizer's copy."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        for name, p in self._parameters.items():
+            if self._sharded:
+                p.ds_tensor.copy_(self._padded(name, parameters[name], p.ds_tensor))
+                padded = self._padded(name, parameters[name], p.ds_tensor.float())
+                safe_set_local_fp32_param(p, padded)
+            else:
+                p.copy_(parameters[name])
+                safe_set_full_fp32_param(p, parameters[name])
+
+    def moments(self) -> dict[str, Tree]:
+        """See `Engine.moments`."""
+        if self.num_taken == 0:
+            return {}
+        return {
+            slot: {name: self._moment(name, slot) for name in self.trained_names}
+            for slot in MOMENTS
+        }
+
+    def _moment(self, name: str, slot: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
+
+        p = self._parameters[name]
+        if self._sharded:
+            return safe_get_local_optimizer_state(p, slot)[: self._size(name)]
+        return safe_get_full_optimizer_state(p, slot)
+
+    def load_moments(self, moments: Mapping[str, Tree], num_taken: int) -> None:
+        """See `Engine.load_moments`."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        self._forget()
+        for slot, tree in moments.items():
+            for name, part in tree.items():
+                p = self._parameters[name]
+                if self._sharded:
+                    padded = self._padded(name, part, p.ds_tensor.float())
+                    safe_set_local_optimizer_state(p, padded, slot)
+                else:
+                    safe_set_full_optimizer_state(p, part, slot)
+        for state in self._zero.optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.zeros_like(torch.as_tensor(state["step"])) + num_taken
+        self.num_taken = num_taken
+
+    def _forget(self) -> None:
+        for state in self._zero.optimizer.state.values():
+            for slot, value in state.items():
+                state[slot] = torch.zeros_like(torch.as_tensor(value))
+
+
+# -- FSDP2 ---------------------------------------------------------------------------------------
+
+
+def shard(
+    network: nn.Module, mesh: DeviceMesh, plugin: Any, precision: torch.dtype | None
+) -> FSDPModule:
+    """Shard a network in place: each stage of a single module by itself, then the rest.
+
+    Args:
+        network: to be sharded.
+        mesh: one dimension, all ranks.
+        plugin: Accelerate's `FullyShardedDataParallelPlugin`.
+        precision: type of first-order computation, or None for that of the parameters.
+    """
+    offload = OffloadPolicy()
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.cpu_offload is True:
+        offload = CPUOffloadPolicy()
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": bool(plugin.reshard_after_forward),
+        "offload_policy": offload,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=precision,
+            reduce_dtype=torch.float32 if precision else None,
+            output_dtype=torch.float32 if precision else None,
+        ),
+    }
+    trunk = getattr(network, "feature_network", network)
+    for part in parts_of(trunk):
+        if len(part.reads) == 1:
+            fully_shard(part.reads[0], **settings)
+    fully_shard(network, **settings)
+    assert isinstance(network, FSDPModule)
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+    return network
+
+
+class FullyShardedEngine(Engine):
+    """A network under FSDP2.
+
+    Args:
+        network: plain copy, without hooks.
+        groups: parameter names by group.
+        sharded: what `shard` returned.
+        device: where curvature is computed, also when the shards are offloaded.
+    """
+
+    def __init__(
+        self, network: nn.Module, groups: Groups, sharded: nn.Module, device: torch.device
+    ) -> None:
+        self._sharded = sharded
+        self._device = device
+        self._parameters: dict[str, DTensor] = dict(sharded.named_parameters())  # type: ignore[arg-type]
+        num_ranks = dist.get_world_size()
+        cuts = {}
+        for name, p in self._parameters.items():
+            rows = -(-p.shape[0] // num_ranks)
+            cuts[name] = Cut(p.shape, rows * (p.shape.numel() // max(p.shape[0], 1)))
+        super().__init__(network, Shards(cuts), groups)
+        self._adamw = torch.optim.AdamW(
+            [{"params": [self._parameters[n] for n in names]} for names in groups.values()]
+        )
+
+    def parameters(self, names: Iterable[str] | None = None) -> Tree:
+        """Return own parts, in the type of the shards: float32 also under bf16."""
+        return {n: _local(self._parameters[n]).to(self._device) for n in names or self._parameters}
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Run the sharded network."""
+        self._sharded.train()
+        return self._sharded(inputs)
+
+    def step(
+        self, total: Tensor, also: Sequence[Tensor], count: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """See `Engine.step`."""
+        *sums, global_count = self.layout.reduction.sum([*(s.detach() for s in also), count])
+        (total / global_count).backward()
+        gradient = {}
+        for name in self.trained_names:
+            p = self._parameters[name]
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            assert isinstance(grad, DTensor)
+            gradient[name] = _local(grad)
+        return [s / global_count for s in sums], self._update(gradient)
+
+    def apply(self, gradient: Tree, inputs: Inputs) -> None:
+        """See `Engine.apply`."""
+        self._update(gradient)
+
+    def _update(self, gradient: Tree) -> Tensor:
+        norm = self.layout.dots([(gradient, gradient)])[0].sqrt()
+        gradient = scaled(gradient, clip_factor(norm, self.phase.config.clip_norm))
+        self._adamw.zero_grad()
+        for name, part in gradient.items():
+            self._parameters[name].grad = self._as_shard(name, part)
+        self._prepare(self._adamw.param_groups)
+        self._adamw.step()
+        self._adamw.zero_grad()
+        self.num_taken += 1
+        return norm
+
+    def _as_shard(self, name: str, part: Tensor) -> DTensor:
+        p = self._parameters[name]
+        local = part.view(p.to_local().shape).to(p.to_local().device)
+        return DTensor.from_local(
+            local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
+
+    @torch.no_grad()
+    def load(self, parameters: Tree) -> None:
+        """See `Engine.load`."""
+        copy_into({name: _local(p) for name, p in self._parameters.items()}, parameters)
+
+    def moments(self) -> dict[str, Tree]:
+        """See `Engine.moments`."""
+        if self.num_taken == 0:
+            return {}
+        state = self._adamw.state
+        return {
+            slot: {n: _local(state[self._parameters[n]][slot]) for n in self.trained_names}
+            for slot in MOMENTS
+        }
+
+    def load_moments(self, moments: Mapping[str, Tree], num_taken: int) -> None:
+        """See `Engine.load_moments`."""
+        self._forget()
+        for name in next(iter(moments.values()), {}):
+            state: dict[str, Tensor] = {"step": torch.tensor(float(num_taken))}
+            for slot in MOMENTS:
+                state[slot] = self._as_shard(name, moments[slot][name].clone())
+            self._adamw.state[self._parameters[name]] = state
+        self.num_taken = num_taken
+
+    def _forget(self) -> None:
+        self._adamw.state.clear()
+
+
+def _local(p: DTensor) -> Tensor:
+    return p.to_local().detach().view(-1)

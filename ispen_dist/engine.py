@@ -1,0 +1,336 @@
+"""One network with its optimizer, however its parameters lie over ranks.
+
+First-order steps go through an engine: its forward pass, a backward pass that ends in it, its
+reduction and its optimizer. Second-order work, and the network as the other player sees it, use
+`network`, `layout` and `parameters` instead: a plain definition without hooks, fed stage by stage
+from own parts. The result comes back through `apply`. This file has the engine of replicas; those
+of DeepSpeed and FSDP2 are in `ispen_dist.distributed.engines`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ispen_dist.linalg.layout import Layout, Replicas
+from ispen_dist.linalg.reduction import Reduction
+from ispen_dist.linalg.staged import StagedFunction
+from ispen_dist.linalg.trees import Tree, detached, scaled
+from ispen_dist.models.stages import Inputs, stages_at
+from ispen_dist.optim import CLIP_EPSILON, Phase
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""State of AdamW beside its step, which is the number of steps taken in the phase."""
+
+Groups = Mapping[str, Sequence[str]]
+
+
+class Engine(ABC):
+    """The interface; `begin` must be called before the first step.
+
+    Args:
+        network: plain definition of the network, without hooks. Its parameters may lie elsewhere.
+        layout: where the parameters are.
+        groups: parameter names by group, in the order of the optimizer's groups.
+
+    Attributes:
+        replicated: whether every rank holds all parameters, as tensors of `network`.
+        num_taken: steps in the present phase.
+    """
+
+    replicated = False
+
+    def __init__(self, network: nn.Module, layout: Layout, groups: Groups) -> None:
+        self.network, self.layout, self.groups = network, layout, groups
+        self.frozen = frozenset(n for n, p in network.named_parameters() if not p.requires_grad)
+        self.num_taken = 0
+        self._phase: Phase | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """The present phase."""
+        if self._phase is None:
+            raise RuntimeError("Engine.begin: expected a call before the first step, found none")
+        return self._phase
+
+    def begin(self, phase: Phase) -> None:
+        """Start a phase with fresh optimizer state."""
+        self._phase, self.num_taken = phase, 0
+        self._forget()
+
+    def _settings(self) -> Iterator[tuple[float, float]]:
+        """Yield (learning rate, weight decay) of the next step, by group."""
+        rate = self.phase.learning_rate(self.num_taken)
+        for group in self.groups:
+            trained = group in self.phase.groups
+            yield (rate, self.phase.config.weight_decay) if trained else (0.0, 0.0)
+
+    def _prepare(self, param_groups: Sequence[dict]) -> None:
+        for group, (rate, decay) in zip(param_groups, self._settings(), strict=True):
+            group["lr"], group["weight_decay"] = rate, decay
+
+    @abstractmethod
+    def parameters(self, names: Iterable[str] | None = None) -> Tree:
+        """Return own parts of the named parameters, default all, in the precision of curvature."""
+
+    @abstractmethod
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Run the network in training mode, in a graph that ends in `step`."""
+
+    @abstractmethod
+    def step(
+        self, total: Tensor, also: Sequence[Tensor], count: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """Update once on the mean of a loss over the global batch.
+
+        Args:
+            total: sum of the loss over the rank's examples, with its graph.
+            also: further sums to be averaged.
+            count: the rank's number of examples.
+
+        Returns:
+            The means of `also` over the global batch, and the gradient's norm before clipping.
+        """
+
+    @abstractmethod
+    def apply(self, gradient: Tree, inputs: Inputs) -> None:
+        """Update once with a given global gradient.
+
+        Args:
+            gradient: own parts of the phase's parameters; those it lacks stand still.
+            inputs: of any batch, for an engine that takes a gradient only after a backward pass.
+        """
+
+    @abstractmethod
+    def load(self, parameters: Tree) -> None:
+        """Set the parameters from own parts."""
+
+    @abstractmethod
+    def moments(self) -> dict[str, Tree]:
+        """Return own parts of the optimizer's `MOMENTS` of the phase's parameters.
+
+        Empty before the first step of a phase.
+        """
+
+    @abstractmethod
+    def load_moments(self, moments: Mapping[str, Tree], num_taken: int) -> None:
+        """Set the optimizer's state after `num_taken` steps of the present phase."""
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Reset the optimizer's state."""
+
+    def whole(self, tree: Tree) -> Iterator[tuple[str, Tensor]]:
+        """Yield whole tensors on the CPU from own parts, one at a time; all ranks call it."""
+        for name, part in tree.items():
+            yield name, self.layout.gather([{name: part}])()[0][name].detach().cpu()
+
+    def collect(self, names: Sequence[str]) -> Tree:
+        """Return whole tensors of a few parameters on every rank, as constants."""
+        return detached(self.layout.gather([self.parameters(names)])()[0])
+
+    def staged(
+        self,
+        inputs: Inputs,
+        *,
+        part: str = "",
+        training: bool = False,
+        keep_states: bool = True,
+        prefetch: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> StagedFunction:
+        """Return the network, or a submodule, at given inputs as a function of own parts.
+
+        Args:
+            inputs: of the rank's batch.
+            part: dotted name of a submodule, whose parameters lose that prefix.
+            training: with dropout or without.
+            keep_states: see `StagedFunction`.
+            prefetch: see `StagedFunction`.
+            dtype: another type for parameters than that of curvature.
+        """
+        prefix = f"{part}." if part else ""
+        names = [n for n, _ in self.network.named_parameters() if n.startswith(prefix)]
+        own = {
+            n.removeprefix(prefix): p if dtype is None else p.to(dtype)
+            for n, p in self.parameters(names).items()
+        }
+        return StagedFunction(
+            stages_at(self.network.get_submodule(part), inputs, training),
+            self.layout.of(prefix),
+            own,
+            frozen=frozenset(n.removeprefix(prefix) for n in self.frozen if n.startswith(prefix)),
+            keep_states=keep_states,
+            prefetch=prefetch,
+        )
+
+    @property
+    def trained_names(self) -> list[str]:
+        """Names of the parameters that the present phase trains, in the order of the groups."""
+        groups = self.groups.items()
+        return [n for group, names in groups if group in self.phase.groups for n in names]
+
+
+def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
+    """Return what a gradient of the given norm is multiplied with; 1 where clipping is off."""
+    if clip_norm <= 0.0:
+        return torch.ones_like(norm)
+    return torch.clamp(clip_norm / (norm + CLIP_EPSILON), max=1.0)
+
+
+class ReplicatedEngine(Engine):
+    """Every rank holds all parameters; gradients are all-reduced with counts, in one collective.
+
+    Args:
+        network: the network itself.
+        groups: parameter names by group.
+        reduction: sums over ranks.
+        autocast: type of first-order matrix products, or None for that of the parameters.
+    """
+
+    replicated = True
+
+    def __init__(
+        self,
+        network: nn.Module,
+        groups: Groups,
+        reduction: Reduction,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(network, Replicas(reduction), groups)
+        self._autocast = autocast
+        self._parameters = dict(network.named_parameters())
+        self._adamw = torch.optim.AdamW(
+            [{"params": [self._parameters[n] for n in names]} for names in groups.values()],
+            fused=True,
+        )
+
+    def parameters(self, names: Iterable[str] | None = None) -> Tree:
+        """Return the parameters themselves."""
+        return {n: self._parameters[n] for n in (names or self._parameters)}
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Run the network; under autocast its output is cast back."""
+        self.network.train()
+        if self._autocast is None:
+            return self.network(inputs)
+        device = next(iter(self._parameters.values()))
+        with torch.autocast(device.device.type, self._autocast):
+            output = self.network(inputs)
+        return output.to(device.dtype)
+
+    def step(
+        self, total: Tensor, also: Sequence[Tensor], count: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """See `Engine.step`."""
+        trained = {name: self._parameters[name] for name in self.trained_names}
+        own = torch.autograd.grad(total, list(trained.values()))
+        sums = self.layout.reduction.sum([*own, *(s.detach() for s in also), count])
+        global_count = sums.pop()
+        gradient = dict(zip(trained, sums, strict=False))
+        norm = self._update(scaled(gradient, 1.0 / global_count))
+        return [s / global_count for s in sums[len(own) :]], norm
+
+    def apply(self, gradient: Tree, inputs: Inputs) -> None:
+        """See `Engine.apply`."""
+        self._update(gradient)
+
+    def _update(self, gradient: Tree) -> Tensor:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradient.values()))))
+        gradient = scaled(gradient, clip_factor(norm, self.phase.config.clip_norm))
+        self._prepare(self._adamw.param_groups)
+        for name, part in gradient.items():
+            self._parameters[name].grad = part
+        self._adamw.step()
+        self._adamw.zero_grad()
+        self.num_taken += 1
+        return norm
+
+    @torch.no_grad()
+    def load(self, parameters: Tree) -> None:
+        """See `Engine.load`."""
+        copy_into(self._parameters, parameters)
+
+    def moments(self) -> dict[str, Tree]:
+        """See `Engine.moments`."""
+        return torch_moments(self._adamw, self._parameters, self.num_taken)
+
+    @torch.no_grad()
+    def load_moments(self, moments: Mapping[str, Tree], num_taken: int) -> None:
+        """See `Engine.load_moments`."""
+        load_torch_moments(self._adamw, self._parameters, moments, num_taken)
+        self.num_taken = num_taken
+
+    def _forget(self) -> None:
+        self._adamw.state.clear()
+
+
+def copy_into(targets: Tree, values: Tree) -> None:
+    """Copy values into tensors of the same names.
+
+    Raises:
+        ValueError: for other names or shapes, before anything is written.
+    """
+    for name, target in targets.items():
+        if name not in values:
+            raise ValueError(f"parameter {name}: expected a value, found none")
+        if values[name].shape != target.shape:
+            raise ValueError(
+                f"parameter {name}: expected shape {tuple(target.shape)}, found "
+                f"{tuple(values[name].shape)}; resume with the configuration that was saved"
+            )
+    for name, target in targets.items():
+        target.copy_(values[name])
+
+
+def torch_moments(
+    optimizer: torch.optim.Optimizer, parameters: Tree, num_taken: int
+) -> dict[str, Tree]:
+    """Return `MOMENTS` of a torch optimizer by parameter name; empty before the first step."""
+    if num_taken == 0:
+        return {}
+    state = optimizer.state
+    return {
+        slot: {name: state[p][slot] for name, p in parameters.items() if p in state}
+        for slot in MOMENTS
+    }
+
+
+def load_torch_moments(
+    optimizer: torch.optim.Optimizer,
+    parameters: Tree,
+    moments: Mapping[str, Tree],
+    num_taken: int,
+) -> None:
+    """Set `MOMENTS` and the step of a torch optimizer; it gets copies."""
+    optimizer.state.clear()
+    for name in next(iter(moments.values()), {}):
+        parameter = parameters[name]
+        state = {"step": torch.tensor(float(num_taken), dtype=torch.float32)}
+        if optimizer.param_groups[0].get("fused"):
+            state["step"] = state["step"].to(parameter.device)
+        for slot in MOMENTS:
+            value = torch.zeros_like(parameter)
+            copy_into({name: value}, {name: moments[slot][name]})
+            state[slot] = value
+        optimizer.state[parameter] = state
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Both networks as engines.
+
+    Attributes:
+        inference_net: of theta.
+        energy: of phi; groups `local` and `head`.
+    """
+
+    inference_net: Engine
+    energy: Engine
+
+    def items(self) -> Iterator[tuple[str, Engine]]:
+        """Yield name and engine of both."""
+        yield "inference_net", self.inference_net
+        yield "energy", self.energy
