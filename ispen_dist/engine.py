@@ -201,7 +201,7 @@ class ReplicatedEngine(Engine):
     ) -> None:
         super().__init__(network, Replicas(reduction), groups)
         self._autocast = autocast
-        self._parameters = dict(network.named_parameters())
+        self._parameters: Tree = dict(network.named_parameters())
         self._adamw = torch.optim.AdamW(
             [{"params": [self._parameters[n] for n in names]} for names in groups.values()],
             fused=True,

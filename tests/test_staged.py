@@ -13,7 +13,7 @@ from ispen_dist.linalg.layout import Replicas
 from ispen_dist.linalg.operators import build_operator
 from ispen_dist.linalg.reduction import OneProcess
 from ispen_dist.linalg.staged import StagedFunction, StageError
-from ispen_dist.linalg.staged_operators import build_staged_operator
+from ispen_dist.linalg.staged_operators import StagedHessian, StagedLoss, build_staged_operator
 from ispen_dist.losses import Losses
 from ispen_dist.models.stages import Part, StagedNetwork, parts_of, stages_at
 from ispen_dist.players import build_players, replicated
@@ -27,7 +27,12 @@ MEMORY = ["states", "recompute"]
 def tiny(task, memory="states", dropout=0.0, **energy):
     """Losses of a tiny run with the energy away from zero."""
     multilabel = task == "multilabel"
-    config = problems.multilabel_config() if multilabel else problems.tagging_config(task)
+    outer = {"objective": "ssvm", "task_weight": 1.0}
+    config = (
+        problems.multilabel_config(**outer)
+        if multilabel
+        else problems.tagging_config(task, **outer)
+    )
     net = dataclasses.replace(
         config.inference_net, dropout=dropout, feature_dropout=dropout, num_layers=2
     )
@@ -176,8 +181,6 @@ def square(z, psi):
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("keep_states", [True, False])
 def test_tied_and_frozen_parameters(keep_states, prefetch):
-    from ispen_dist.linalg.staged_operators import StagedHessian, StagedLoss
-
     torch.manual_seed(0)
     network, inputs = Tied(), {"x": torch.randn(4, 3)}
     model = staged_of(network, inputs, keep_states=keep_states, prefetch=prefetch)
@@ -241,8 +244,6 @@ class Fused(StagedNetwork):
 
 @pytest.mark.parametrize("keep_states", [True, False])
 def test_a_layer_without_second_derivative_is_named(keep_states):
-    from ispen_dist.linalg.staged_operators import StagedHessian, StagedLoss
-
     network = Fused().float()
     inputs = {"x": torch.randn(1, 2, 5, 8, dtype=torch.float32)}
     model = staged_of(network, inputs, keep_states=keep_states)

@@ -8,8 +8,8 @@ copy of the network instead. Reasons, as measured with torch 2.13 and deepspeed 
   ZeRO raise. Hence `Engine.network`, a copy without hooks on the meta device.
 - Calling the energy's engine in the inference network's step is silently wrong under ZeRO-3 and
   raises under ZeRO-1 and 2.
-- DeepSpeed averages gradients over ranks, so a rank's share of the global mean is scaled by their
-  number. FSDP2 is told to add.
+- Both average gradients over ranks, so a rank's share of the global mean is scaled by their number;
+  FSDP2 can be told to add, but not on gloo.
 - DeepSpeed takes a gradient only between a backward and a step, so `apply` runs the backward of
   zero first.
 - The padding at the end of a ZeRO-3 partition is uninitialised memory; `Cut.size` leaves it out.
@@ -72,12 +72,12 @@ class DeepSpeedEngine(Engine):
         self._parameters = dict(wrapped.module.named_parameters())
         self._sharded = wrapped.zero_optimization_stage() == 3
         self._low_precision = wrapped.bfloat16_enabled()
+        self._cuts: dict[str, Cut] = {}
         if self._sharded:
-            layout: Shards | Replicas = Shards(
-                {n: Cut(p.ds_shape, p.ds_tensor.numel()) for n, p in self._parameters.items()}
-            )
-        else:
-            layout = Replicas(Ranks())
+            self._cuts = {
+                n: Cut(p.ds_shape, p.ds_tensor.numel()) for n, p in self._parameters.items()
+            }
+        layout = Shards(self._cuts) if self._sharded else Replicas(Ranks())
         super().__init__(network, layout, groups)
 
     def parameters(self, names: Iterable[str] | None = None) -> Tree:
@@ -94,7 +94,7 @@ class DeepSpeedEngine(Engine):
         return part.to(p.device)[: self._size(name)]
 
     def _size(self, name: str) -> int:
-        return self.layout.cuts[name].size(dist.get_rank())
+        return self._cuts[name].size(dist.get_rank())
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Run the engine."""
@@ -231,9 +231,6 @@ def shard(
             fully_shard(part.reads[0], **settings)
     fully_shard(network, **settings)
     assert isinstance(network, FSDPModule)
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
     return network
 
 
@@ -252,7 +249,7 @@ class FullyShardedEngine(Engine):
     ) -> None:
         self._sharded = sharded
         self._device = device
-        self._parameters: dict[str, DTensor] = dict(sharded.named_parameters())  # type: ignore[arg-type]
+        self._parameters: dict[str, Any] = dict(sharded.named_parameters())
         num_ranks = dist.get_world_size()
         cuts = {}
         for name, p in self._parameters.items():
@@ -277,7 +274,7 @@ class FullyShardedEngine(Engine):
     ) -> tuple[list[Tensor], Tensor]:
         """See `Engine.step`."""
         *sums, global_count = self.layout.reduction.sum([*(s.detach() for s in also), count])
-        (total / global_count).backward()
+        (total * (dist.get_world_size() / global_count)).backward()
         gradient = {}
         for name in self.trained_names:
             p = self._parameters[name]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ispen_dist.distributed.ranks import Ranks
+from ispen_dist.linalg.reduction import Reduction
 from ispen_dist.linalg.trees import Tree, dots
 
 
@@ -43,10 +44,15 @@ class Shards:
 
     def __init__(self, cuts: Mapping[str, Cut], group: dist.ProcessGroup | None = None) -> None:
         self.cuts = dict(cuts)
-        self.reduction = Ranks(group)
+        self._reduction = Ranks(group)
         self._group = group
         self._rank = dist.get_rank(group)
         self._num_ranks = dist.get_world_size(group)
+
+    @property
+    def reduction(self) -> Reduction:
+        """Sums over all ranks."""
+        return self._reduction
 
     def draw_seed(self, seed: int) -> int:
         """Return another seed on every rank."""
@@ -100,7 +106,7 @@ class Shards:
 
     def dots(self, pairs: Sequence[tuple[Tree, Tree]]) -> Tensor:
         """Return inner products over all ranks in one all-reduce."""
-        return self.reduction.sum([dots(pairs)])[0]
+        return self._reduction.sum([dots(pairs)])[0]
 
     def _own(self, key: str, value: Tensor) -> Tensor:
         cut = self.cuts[key]

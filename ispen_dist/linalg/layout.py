@@ -16,13 +16,12 @@ from ispen_dist.linalg.trees import Tree
 
 
 class Layout(Protocol):
-    """Where the parts of a parameter tree are.
+    """Where the parts of a parameter tree are."""
 
-    Attributes:
-        reduction: sums over all ranks.
-    """
-
-    reduction: Reduction
+    @property
+    def reduction(self) -> Reduction:
+        """Sums over all ranks."""
+        ...
 
     def gather(self, trees: Sequence[Tree]) -> Callable[[], list[Tree]]:
         """Start to collect whole tensors from own parts, in one collective.
@@ -66,8 +65,13 @@ class Replicas:
     """
 
     def __init__(self, reduction: Reduction) -> None:
-        self.reduction = reduction
+        self._reduction = reduction
         self._dots = agreed_dots(reduction)
+
+    @property
+    def reduction(self) -> Reduction:
+        """Sums over all ranks."""
+        return self._reduction
 
     def gather(self, trees: Sequence[Tree]) -> Callable[[], list[Tree]]:
         """Return the trees as they are."""
@@ -75,7 +79,7 @@ class Replicas:
 
     def reduce(self, whole: Tree) -> Tree:
         """Add over ranks, in one all-reduce."""
-        return sum_tree(whole, self.reduction)
+        return sum_tree(whole, self._reduction)
 
     def own(self, whole: Tree) -> Tree:
         """Return the tree as it is."""

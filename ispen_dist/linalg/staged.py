@@ -33,7 +33,7 @@ from ispen_dist.linalg.layout import Layout
 from ispen_dist.linalg.trees import Tree, as_leaves
 
 State = tuple[Tensor, ...]
-Collect = Callable[[], list[Tree]]
+Collect = Callable[[], tuple[Tree, Tree]]
 
 
 class StageError(ValueError):
@@ -289,7 +289,13 @@ class StagedFunction:
         keys = self.stages[i].keys
         own = {key: self.parameters[key] for key in keys}
         direction = {} if v is None else {key: v[key] for key in keys if key not in self._frozen}
-        return self.layout.gather([own, direction])
+        wait = self.layout.gather([own, direction])
+
+        def collect() -> tuple[Tree, Tree]:
+            p, v_i = wait()
+            return p, v_i
+
+        return collect
 
 
 class _Accumulated:

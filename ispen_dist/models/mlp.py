@@ -66,5 +66,5 @@ class MLP(StagedNetwork):
             for n, i, j in zip(linear, starts, ends, strict=True)
         ]
 
-    def _run(self, layers: nn.Sequential, inputs: Inputs, *state: Tensor) -> State:
+    def _run(self, layers: nn.Module, inputs: Inputs, *state: Tensor) -> State:
         return (layers(*state) if state else layers(inputs["features"]),)

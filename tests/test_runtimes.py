@@ -1,0 +1,61 @@
+"""Every runtime, on one, two and four ranks with uneven shares, gives what one process gives."""
+
+from pathlib import Path
+
+import pytest
+import worker_ranks
+from ranks import RUNTIMES, start_ranks
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+BOUND = {"float64": 1e-10, "float32": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def references():
+    hypergradients = {dtype: worker_ranks.reference_hypergradients(dtype) for dtype in BOUND}
+    tasks = worker_ranks.TRAJECTORIES
+    trajectories = {task: worker_ranks.reference_trajectory(task) for task in tasks}
+    return hypergradients, trajectories
+
+
+def results(tmp_path, runtime, num_ranks):
+    wanted = "float64,float32,trajectory"
+    start_ranks(HERE / "worker_ranks.py", num_ranks, str(tmp_path), wanted, runtime=runtime)
+    return [load_file(tmp_path / f"rank{r}.safetensors") for r in range(num_ranks)]
+
+
+def relative_error(found, expected, prefix):
+    # The bias of attention keys has no influence on anything, so its gradient is rounding noise,
+    # which Adam makes full-size: it differs between any two orders of summation.
+    keys = [k for k in expected if k.startswith(prefix) and not k.endswith("attention.qkv.bias")]
+    assert keys, prefix
+    square = sum((found[key] - expected[key]).double().square().sum() for key in keys)
+    return (square / sum(expected[key].double().square().sum() for key in keys)).sqrt().item()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_hypergradient_and_trajectory_are_those_of_one_process(
+    runtime, num_ranks, references, tmp_path
+):
+    hypergradients, trajectories = references
+    ranks = results(tmp_path, runtime, num_ranks)
+    for rank in ranks[1:]:
+        for key, value in rank.items():
+            assert (value == ranks[0][key]).all(), f"{key}: ranks disagree"
+    for dtype, expected in hypergradients.items():
+        for memory in ("auto", "recompute"):
+            found = {
+                key.replace(f"/{memory}/", "/"): value
+                for key, value in ranks[0].items()
+                if f"/{memory}/" in key
+            }
+            for name in {key.rsplit("/", 1)[0] for key in expected}:
+                error = relative_error(found, expected, f"{name}/")
+                assert error < BOUND[dtype], f"{name}, {memory}: {error}"
+    for task, expected in trajectories.items():
+        found = {k.removeprefix(f"{task}/"): v for k, v in ranks[0].items() if k.startswith(task)}
+        for player in ("theta/", "phi/"):
+            error = relative_error(found, expected, player)
+            assert error < 1e-6, f"{task} {player}: {error}"
