@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ispen_dist.checkpoint import Checkpoint, save_checkpoint
-from ispen_dist.config import Config, OptimizerConfig
+from ispen_dist.config import Config, ConfigError, OptimizerConfig
 from ispen_dist.data.datasets import Dataset
 from ispen_dist.data.loading import Splits, hold_out
 from ispen_dist.distributed import Session
+from ispen_dist.distributed.runtime import Runtime
 from ispen_dist.engine import MOMENTS, Engine, Engines
 from ispen_dist.evaluate import evaluate
 from ispen_dist.inner import inner_step, pretrain_local_step
@@ -44,6 +45,7 @@ class Trainer:
 
     def __init__(self, config: Config, splits: Splits, session: Session, folder: RunFolder) -> None:
         self.config, self.splits, self.session, self.folder = config, splits, session, folder
+        check_precision(config, session.runtime)
         self.round = 0
         built = build_players(config, splits.codec, torch.device("cpu"))
         self.engines = Engines(
@@ -348,3 +350,17 @@ class Trainer:
 def networks_of(players: Players) -> dict[str, nn.Module]:
     """Return both networks by the names of their engines."""
     return {"inference_net": players.inference_net, "energy": players.energy}
+
+
+def check_precision(config: Config, runtime: Runtime) -> None:
+    """Refuse float64 where it would not be kept.
+
+    Raises:
+        ConfigError: under DeepSpeed or with bf16 first-order steps.
+    """
+    if config.train.dtype == "float64" and (runtime.uses_deepspeed or runtime.low_precision):
+        raise ConfigError(
+            f"train.dtype: expected float32 under {runtime.name} with mixed_precision="
+            f"{runtime.precision}, got float64; DeepSpeed keeps its optimizer in float32 and bf16 "
+            "rounds more; use configs/runtime/ddp.yaml or fsdp2.yaml without bf16 for float64"
+        )

@@ -54,7 +54,7 @@ def run(command: TrainCommand, session: Session) -> int:
     if command.print_config:
         if session.is_main:
             print(dump_config(config), end="")
-            print(describe(config, splits, session.num_ranks))
+            print(describe(config, splits, session.num_ranks, session.runtime))
         return 0
     output = command.output or default_output(command, session)
     check_folder(output, config, may_continue=command.resume != "none")
@@ -66,7 +66,7 @@ def run(command: TrainCommand, session: Session) -> int:
         if path is not None:
             trainer.restore(load_checkpoint(path))
             console.message(f"resumed from {path} at round {trainer.round}")
-        console.message(describe(config, splits, session.num_ranks))
+        console.message(describe(config, splits, session.num_ranks, session.runtime))
         trainer.run()
     return 0
 

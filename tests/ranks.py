@@ -13,6 +13,8 @@ RUNTIMES = {
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
 }
+BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+ENVIRONMENTS = RUNTIMES | {f"{name}_bf16": values | BF16 for name, values in RUNTIMES.items()}
 
 
 def free_port() -> int:
@@ -28,7 +30,7 @@ def start_ranks(script: Path, num_ranks: int, *arguments: str, runtime: str = "r
     for rank in range(num_ranks):
         environment = {
             **os.environ,
-            **RUNTIMES[runtime],
+            **ENVIRONMENTS[runtime],
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(num_ranks),

@@ -1,69 +1,10 @@
-"""N gloo ranks with uneven shares give what one rank gives on the whole batch, float64."""
-
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+"""Which examples a rank reads, and how parameters are cut among ranks."""
 
 import pytest
-import torch
-import worker_hypergradient
-from safetensors.torch import load_file
 
+from ispen_dist.config import ConfigError
 from ispen_dist.data.sampler import ShardedSampler, in_order
-
-HERE = Path(__file__).parent
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def start_ranks(script: Path, num_ranks: int, *arguments: str) -> None:
-    """Run a script as ranks 0 to n-1 on this machine and fail with the output of one that fails."""
-    port = str(free_port())
-    processes = []
-    for rank in range(num_ranks):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-        }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(script), *arguments],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-
-
-@pytest.fixture(scope="module")
-def reference(float64):
-    return worker_hypergradient.one_rank()
-
-
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_ranks_with_uneven_shares_equal_one_rank(num_ranks, reference, tmp_path):
-    start_ranks(HERE / "worker_hypergradient.py", num_ranks, str(tmp_path))
-    ranks = [load_file(tmp_path / f"rank{r}.safetensors") for r in range(num_ranks)]
-    for name, expected in reference.items():
-        for result in ranks:
-            error = (result[name] - expected).norm() / expected.norm()
-            assert error < 1e-10, f"{name}: {error}"
-            assert torch.equal(result[name], ranks[0][name]), f"{name}: ranks disagree"
+from ispen_dist.distributed.runtime import runtime_from
 
 
 @pytest.mark.parametrize(
@@ -93,10 +34,40 @@ def test_epochs_differ_and_are_a_function_of_the_seed():
 
 
 def test_evaluation_reads_each_example_on_one_rank():
-    seen = [row for r in range(4) for rows in in_order(10, 2, r, 4) for row in rows]
-    assert sorted(seen) == list(range(10))
+    ranks = [list(in_order(10, 2, r, 4)) for r in range(4)]
+    assert sorted(row for batches in ranks for rows in batches for row in rows) == list(range(10))
+    assert {len(batches) for batches in ranks} == {2}, "all ranks take part in every batch"
 
 
 def test_an_empty_data_set_is_refused():
     with pytest.raises(ValueError, match="empty data set"):
         ShardedSampler(0, 4, 0)
+
+
+def test_the_runtime_is_read_from_what_accelerate_leaves():
+    assert runtime_from({}).name == "replicas"
+    deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    assert runtime_from(deepspeed).name == "zero3"
+    assert runtime_from({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}).shards_parameters
+    assert runtime_from({"ACCELERATE_MIXED_PRECISION": "bf16"}).low_precision is not None
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: expected 2, got 1"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "distributed_type: MEGATRON_LM: expected"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision: expected no or bf16, got fp16"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"},
+            "zero_stage: expected 1, 2 or 3, got 0",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "x.json"},
+            "deepspeed_config_file: expected none",
+        ),
+    ],
+)
+def test_an_engine_that_is_not_supported_is_named(environment, message):
+    with pytest.raises(ConfigError, match=message):
+        runtime_from(environment)

@@ -19,8 +19,7 @@ def references():
     return hypergradients, trajectories
 
 
-def results(tmp_path, runtime, num_ranks):
-    wanted = "float64,float32,trajectory"
+def results(tmp_path, runtime, num_ranks, wanted="float64,float32,trajectory"):
     start_ranks(HERE / "worker_ranks.py", num_ranks, str(tmp_path), wanted, runtime=runtime)
     return [load_file(tmp_path / f"rank{r}.safetensors") for r in range(num_ranks)]
 
@@ -59,3 +58,17 @@ def test_hypergradient_and_trajectory_are_those_of_one_process(
         for player in ("theta/", "phi/"):
             error = relative_error(found, expected, player)
             assert error < 1e-6, f"{task} {player}: {error}"
+
+
+@pytest.mark.parametrize("runtime", ["zero1_bf16", "zero3_bf16", "fsdp2_bf16"])
+def test_bf16_engines_keep_float32_curvature(runtime, references, tmp_path):
+    """Only first-order steps are rounded: their trajectory is near, the hypergradient exact."""
+    hypergradients, trajectories = references
+    found = results(tmp_path, runtime, 2, "float32,trajectory")[0]
+    expected = hypergradients["float32"]
+    at_start = {key.replace("/auto/", "/"): value for key, value in found.items()}
+    for name in {key.rsplit("/", 1)[0] for key in expected}:
+        assert relative_error(at_start, expected, f"{name}/") < BOUND["float32"], name
+    for task, trajectory in trajectories.items():
+        steps = {k.removeprefix(f"{task}/"): v for k, v in found.items() if k.startswith(task)}
+        assert 1e-6 < relative_error(steps, trajectory, "theta/") < 1e-2

@@ -12,15 +12,18 @@ copy of the network instead. Reasons, as measured with torch 2.13 and deepspeed 
   FSDP2 can be told to add, but not on gloo.
 - DeepSpeed takes a gradient only between a backward and a step, so `apply` runs the backward of
   zero first.
+- ZeRO-1 and 2 link parameters to optimizer state after the first group's first step, so that the
+  second group has none to read or set; state is therefore made and linked when a phase begins.
 - The padding at the end of a ZeRO-3 partition is uninitialised memory; `Cut.size` leaves it out.
-- ZeRO keeps its optimizer in float32, whatever the type of the parameters; under bf16 curvature
-  reads that float32 copy.
+- ZeRO keeps its optimizer in float32, whatever the type of the parameters. Under bf16, curvature
+  reads that copy, which DeepSpeed makes from rounded values, so it is set again from the network.
 - Accelerate never selects FSDP on a CPU, so parameters are sharded by torch's `fully_shard` itself,
   with the settings of Accelerate's plugin, on every device.
 """
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,9 +67,12 @@ class DeepSpeedEngine(Engine):
         network: the network as built, before `wrapped` took it.
         groups: parameter names by group, in the order of the optimizer's groups.
         wrapped: what Accelerate made of the network: a `deepspeed.DeepSpeedEngine`.
+        initial: whole float32 parameters before DeepSpeed rounded them, where it did.
     """
 
-    def __init__(self, network: nn.Module, groups: Groups, wrapped: Any) -> None:
+    def __init__(
+        self, network: nn.Module, groups: Groups, wrapped: Any, initial: Tree | None = None
+    ) -> None:
         self._engine = wrapped
         self._zero = wrapped.optimizer
         self._parameters = dict(wrapped.module.named_parameters())
@@ -79,6 +85,8 @@ class DeepSpeedEngine(Engine):
             }
         layout = Shards(self._cuts) if self._sharded else Replicas(Ranks())
         super().__init__(network, layout, groups)
+        if initial is not None:
+            self.load(self.layout.own(initial))
 
     def parameters(self, names: Iterable[str] | None = None) -> Tree:
         """Return own parts; under bf16 of the optimizer's float32 copy."""
@@ -187,15 +195,34 @@ class DeepSpeedEngine(Engine):
                     safe_set_local_optimizer_state(p, padded, slot)
                 else:
                     safe_set_full_optimizer_state(p, part, slot)
-        for state in self._zero.optimizer.state.values():
-            if "step" in state:
-                state["step"] = torch.zeros_like(torch.as_tensor(state["step"])) + num_taken
+        for partition in self._partitions:
+            self._set_step(partition, num_taken)
         self.num_taken = num_taken
 
     def _forget(self) -> None:
-        for state in self._zero.optimizer.state.values():
-            for slot, value in state.items():
-                state[slot] = torch.zeros_like(torch.as_tensor(value))
+        state = self._zero.optimizer.state
+        for partition in self._partitions:
+            for slot in MOMENTS:
+                state[partition].setdefault(slot, torch.zeros_like(partition)).zero_()
+            self._set_step(partition, 0)
+        if not self._sharded:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def _partitions(self) -> list[Tensor]:
+        """The float32 pieces of parameters that the optimizer updates on this rank."""
+        zero = self._zero
+        return list(
+            zero.fp32_partitioned_groups_flat
+            if self._sharded
+            else zero.single_partition_of_fp32_groups
+        )
+
+    def _set_step(self, partition: Tensor, step: int) -> None:
+        state = self._zero.optimizer.state[partition]
+        is_torch = isinstance(self._zero.optimizer, torch.optim.AdamW)
+        state["step"] = torch.tensor(float(step)) if is_torch else step
 
 
 # -- FSDP2 ---------------------------------------------------------------------------------------
@@ -219,17 +246,15 @@ def shard(
         "mesh": mesh,
         "reshard_after_forward": bool(plugin.reshard_after_forward),
         "offload_policy": offload,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=precision,
-            reduce_dtype=torch.float32 if precision else None,
-            output_dtype=torch.float32 if precision else None,
-        ),
     }
+    reduced = torch.float32 if precision else None
+    inside = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=reduced)
     trunk = getattr(network, "feature_network", network)
     for part in parts_of(trunk):
         if len(part.reads) == 1:
-            fully_shard(part.reads[0], **settings)
-    fully_shard(network, **settings)
+            fully_shard(part.reads[0], mp_policy=inside, **settings)
+    # Only the output of the whole is cast back: packed sequences inside are not cast again.
+    fully_shard(network, mp_policy=replace(inside, output_dtype=reduced), **settings)
     assert isinstance(network, FSDPModule)
     return network
 

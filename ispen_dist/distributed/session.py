@@ -89,8 +89,11 @@ class Session:
         adamw = torch.optim.AdamW(
             [{"params": [named[n] for n in names]} for names in groups.values()]
         )
+        initial = None
+        if self.runtime.low_precision is not None:
+            initial = {n: p.detach().clone() for n, p in named.items()}
         wrapped, _ = accelerator.prepare(network, adamw)
-        return DeepSpeedEngine(plain, groups, wrapped)
+        return DeepSpeedEngine(plain, groups, wrapped, initial)
 
     def _broadcast(self, network: nn.Module) -> None:
         """Copy the parameters of rank 0 to every rank."""
