@@ -203,7 +203,7 @@ TAGGING = {
     "fraction for a count": ({"inner": {"steps": 1.5}}, "inner.steps: expected int, got 1.5"),
     "unknown choice": (
         {"solver": {"name": "gmres"}},
-        "solver.name: expected {cg,neumann,identity}, got 'gmres'",
+        "solver.name: expected {cg,cg_single_reduction,neumann,identity}, got 'gmres'",
     ),
     "section that is empty": ({"inner": None}, "inner: expected a mapping of settings, got"),
     "nothing for a number": ({"inner": {"steps": None}}, "inner.steps: expected int, got nothing"),
@@ -353,7 +353,7 @@ BAD_FLAGS = {
     "wrong type": (["--inner.steps=many"], "--inner.steps: expected int, got 'many'"),
     "fraction": (["--inner.steps=1.5"], "--inner.steps: expected int, got 1.5"),
     "nothing": (["--inner.steps="], "--inner.steps: expected int, got nothing"),
-    "choice": (["--solver.name=gmres"], "--solver.name: expected {cg,neumann,identity}, got"),
+    "choice": (["--solver.name=gmres"], "--solver.name: expected {cg,cg_single_reduction"),
     "range": (["--inner.steps", "-1"], "--inner.steps: expected at least 1, got -1"),
     "no list": (["--data.train=x"], "--data.train: expected list[str], got 'x'"),
     "open list": (["--data.train=[x"], "--data.train: expected list[str], got '[x'"),

@@ -31,6 +31,11 @@ def view(energy=lambda y: -y.sum(-1), logits=LOGITS, **settings):
     )
 
 
+def view_of(players, batch, logits, generator):
+    """The energy at its own parameters."""
+    return players.view(batch, logits, players.potentials(batch), generator=generator)
+
+
 def test_ssvm_is_the_margin_rescaled_hinge():
     energy = lambda y: (y * torch.tensor([0.1, 0.2, -0.4])).sum(-1)  # noqa: E731
     ybar = torch.sigmoid(LOGITS)
@@ -107,11 +112,11 @@ def test_outer_training_lowers_the_energy_of_gold_below_corrupted(task):
     logits = torch.zeros_like(players.inference_net(batch.inputs))
     for step in range(60):
         generator = torch.Generator().manual_seed(step)
-        total, count = objectives.outer(players.view(batch, logits, generator=generator), "nce")
+        total, count = objectives.outer(view_of(players, batch, logits, generator), "nce")
         optimizer.zero_grad()
         (total / count).backward()
         optimizer.step()
-    v = players.view(batch, logits, generator=torch.Generator().manual_seed(99))
+    v = view_of(players, batch, logits, torch.Generator().manual_seed(99))
     energy = v.energy(v.samples())
     differs = (v.samples()[1:] - v.y).flatten(2).abs().sum(-1) > 0
     margin = (energy[1:] - energy[0])[differs]
@@ -156,6 +161,7 @@ def test_padding_changes_no_energy_cost_or_likelihood():
         lambda v: objectives.inner_terms(v)[1],
     ):
         values = [
-            loss(players.view(b, players.inference_net(b.inputs), phi)) for b in (batch, longer)
+            loss(players.view(b, players.inference_net(b.inputs), players.potentials(b, phi), phi))
+            for b in (batch, longer)
         ]
         torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=1e-12)
