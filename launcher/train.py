@@ -27,7 +27,11 @@ from ispen_dist.trainer import NotFinite, Trainer
 def main() -> int:
     """Run the command line and return the exit code."""
     command = parse_train()
-    session = Session()
+    try:
+        session = Session()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         return run(command, session)
     except (ConfigError, DataError, CheckpointError) as error:

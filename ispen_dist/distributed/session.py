@@ -1,6 +1,8 @@
 """One process of a run: its rank, its device, its engines, and how it stays in step with others."""
 
 import os
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from ispen_dist.config import ConfigError
 from ispen_dist.distributed.engines import (
     DeepSpeedEngine,
     FullyShardedEngine,
@@ -48,6 +51,7 @@ class Session:
         if self.runtime.uses_deepspeed:
             if on_cpu:
                 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            check_extensions()
             self._accelerators = _deepspeed_accelerators(on_cpu)
         self._state = PartialState() if self.runtime.uses_deepspeed else PartialState(cpu=on_cpu)
         self.rank = self._state.process_index
@@ -112,6 +116,30 @@ class Session:
         """Leave the process group, so that no process is left waiting."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def check_extensions(now: float | None = None) -> None:
+    """Give DeepSpeed's compiled operators a folder of their own, and look for a stale lock.
+
+    DeepSpeed compiles small operators at first use. A process that is killed meanwhile leaves its
+    lock, and every later start waits for it without a word.
+
+    Raises:
+        ConfigError: for a lock older than `STALE_SECONDS`, naming it.
+    """
+    cache = Path.home() / ".cache" / "ispen_dist" / f"torch_extensions_{torch.__version__}"
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache)))
+    for lock in folder.glob("*/lock"):
+        age = (time.time() if now is None else now) - lock.stat().st_mtime
+        if age > STALE_SECONDS:
+            raise ConfigError(
+                f"{lock}: expected no lock, found one {age / 60:.0f} minutes old, left by a "
+                "process that was killed while it compiled; delete it if none is compiling now"
+            )
+
+
+STALE_SECONDS = 600.0
+"""Age at which a lock of the compiler is taken for left behind; compiling takes under a minute."""
 
 
 def _deepspeed_accelerators(on_cpu: bool) -> dict[str, Accelerator]:

@@ -109,6 +109,7 @@ class CG:
         if begin.ended is not None:
             return begin.ended
         q, r, rr, bb = begin.q, begin.r, begin.rr, begin.bb
+        del begin  # every tree that is not kept is one less in memory during a product
         p, history = r, [math.sqrt(rr / bb)]
 
         def end(status: Status) -> Solution:
@@ -120,6 +121,7 @@ class CG:
             alpha = rr / pAp_device
             q_next = add_scaled(q, alpha, p)
             r_next = add_scaled(r, -alpha, Ap)
+            del Ap
             pAp, rr_next = _read(pAp_device, dots([(r_next, r_next)])[0])
             if not math.isfinite(pAp):
                 return end(Status.NOT_FINITE)
@@ -129,6 +131,7 @@ class CG:
                 return end(Status.NOT_FINITE)
             p = add_scaled(r_next, rr_next / rr, p)
             q, r, rr = q_next, r_next, rr_next
+            del q_next, r_next
             history.append(math.sqrt(rr / bb))
         return end(Status.CONVERGED if history[-1] <= self.rtol else Status.MAX_STEPS)
 
@@ -167,6 +170,7 @@ class SingleReductionCG:
         if begin.ended is not None:
             return begin.ended
         q, r, rr, bb = begin.q, begin.r, begin.rr, begin.bb
+        del begin  # every tree that is not kept is one less in memory during a product
         history = [math.sqrt(rr / bb)]
         p, s = zeros_like(rhs), zeros_like(rhs)
         rr_old, pAp_old, ss_old = math.inf, 0.0, 0.0
@@ -188,6 +192,7 @@ class SingleReductionCG:
             if not math.isfinite(rr_next):
                 return end(Status.NOT_FINITE)
             p, s = add_scaled(r, beta, p), add_scaled(Ar, beta, s)
+            del Ar
             q, r = add_scaled(q, alpha, p), add_scaled(r, -alpha, s)
             rr_old, pAp_old, ss_old = rr, pAp, ss
             history[-1] = math.sqrt(rr / bb)

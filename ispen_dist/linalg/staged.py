@@ -14,7 +14,8 @@ before it, and a cotangent a of its output, let  k(p, s, a) = <a, f(p, s)>. Then
     grad_p w, grad_s w                                 tangents of grad_p k and grad_s k
 
 so two backward passes give what the R-operator (Pearlmutter 1994) needs, through any layer that
-has a second derivative in reverse mode.
+has a second derivative in reverse mode. w itself is never formed: the second pass starts at
+grad_p k, grad_s k and f with the cotangents v, sdot and adot.
 
 Randomness: the state of the generators before each stage is recorded in the first pass and set
 again for every later one, so all passes see the same dropout masks, and those of a plain forward
@@ -33,6 +34,7 @@ from ispen_dist.linalg.layout import Layout
 from ispen_dist.linalg.trees import Tree, as_leaves
 
 State = tuple[Tensor, ...]
+PartialState = tuple[Tensor | None, ...]
 Collect = Callable[[], tuple[Tree, Tree]]
 
 
@@ -131,44 +133,55 @@ class StagedFunction:
         return states, tangents
 
     def pull_back(
-        self, z_bar: Tensor, states: list[State] | None = None, extra: list[State] | None = None
+        self,
+        z_bar: Tensor,
+        states: list[State] | None = None,
+        *,
+        extra: list[PartialState] | None = None,
+        onto: "Gradient | None" = None,
     ) -> tuple[Tree, list[State]]:
         """Return `J^T z_bar`, summed over ranks, and the cotangent of every stage's output.
 
         Args:
             z_bar: cotangent of z.
             states: where the caller has them already.
-            extra: one more cotangent of the state before every stage, added on the way.
+            extra: one more cotangent of the state before every stage, added on the way; used up.
+            onto: sums that the result is added to.
         """
         states = states or self.states()
-        gradient = _Accumulated(self.layout)
+        gradient = onto or Gradient(self.layout)
         adjoint: State = (z_bar,)
         adjoints: list[State] = []
         for i, collect in self._gathering(reversed(range(len(self.stages)))):
             adjoints.append(adjoint)
-            adjoint = self._stage_pull_back(i, collect()[0], states[i], adjoint, gradient)
+            of_theta, adjoint = self._stage_pull_back(i, collect()[0], states[i], adjoint)
+            gradient.add(of_theta)
             if extra is not None:
-                adjoint = tuple(a + b for a, b in zip(adjoint, extra[i], strict=True))
+                both = zip(adjoint, extra.pop(), strict=True)
+                adjoint = tuple(x if more is None else x + more for x, more in both)
         return gradient.finish(self.theta), adjoints[::-1]
 
-    def forward_curvature(self, v: Tree, adjoints: list[State]) -> tuple[Tensor, Tree, list[State]]:
+    def forward_curvature(
+        self, v: Tree, adjoints: list[State]
+    ) -> tuple[Tensor, "Gradient", list[PartialState]]:
         """Go forward in direction v where the adjoints are known.
 
         Returns:
             The tangent of z; the part of the product that does not pass through it; and the same
-            for the state before every stage. A pull-back of the cotangent's tangent, with the last
-            as `extra`, gives the rest of the product.
+            for the state before every stage, None where there is none. A pull-back of the tangent
+            of z's cotangent, with these as `onto` and `extra`, completes the product.
         """
-        product = _Accumulated(self.layout)
+        product = Gradient(self.layout)
         tangent: State = ()
-        of_states: list[State] = []
+        of_states: list[PartialState] = []
         states = self.states()
         for i, collect in self._gathering(range(len(self.stages)), v):
-            of_state, tangent = self._stage_forward(
-                i, *collect(), states[i], tangent, adjoints[i], product
+            of_theta, of_state, tangent = self._stage_forward(
+                i, *collect(), states[i], tangent, adjoints[i]
             )
+            product.add(of_theta)
             of_states.append(of_state)
-        return tangent[0], product.finish(self.theta), of_states
+        return tangent[0], product, of_states
 
     def backward_curvature(
         self,
@@ -179,13 +192,17 @@ class StagedFunction:
         z_bar_dot: Tensor,
     ) -> Tree:
         """Return the tangent of the gradient by going backwards with adjoint and tangent."""
-        product = _Accumulated(self.layout)
-        both: tuple[State, State] = ((z_bar,), (z_bar_dot,))
+        product = Gradient(self.layout)
+        adjoint: State = (z_bar,)
+        adjoint_dot: State = (z_bar_dot,)
         for i, collect in self._gathering(reversed(range(len(self.stages))), v):
-            both = self._stage_backward(i, *collect(), states[i], tangents[i], *both, product)
+            of_theta, adjoint, adjoint_dot = self._stage_backward(
+                i, *collect(), states[i], tangents[i], adjoint, adjoint_dot
+            )
+            product.add(of_theta)
         return product.finish(self.theta)
 
-    # -- one stage; what it makes is freed when it returns, before the next one is gathered -----
+    # -- one stage; its graph is freed when it returns, before anything is sent or gathered -------
 
     def _stage_tangent(
         self, i: int, p: Tree, v: Tree, s: State, s_dot: State
@@ -193,59 +210,49 @@ class StagedFunction:
         p, s = as_leaves(p), _leaves(s)
         f = self._apply(i, p, s)
         a = tuple(torch.zeros_like(x).requires_grad_() for x in f)
-        w, _ = self._directional(p, s, f, a, v, s_dot)
-        return _constants(f), self._second(i, w, a)
+        k = self._first(p, s, f, a)
+        tangent = self._second(i, k, (*v.values(), *s_dot), a)
+        return _constants(f), _materialised(tangent, a)
 
-    def _stage_pull_back(
-        self, i: int, p: Tree, s: State, a: State, gradient: "_Accumulated"
-    ) -> State:
+    def _stage_pull_back(self, i: int, p: Tree, s: State, a: State) -> tuple[Tree, State]:
         p, s = as_leaves(p), _leaves(s)
         theta = self._trained(p)
         grads = _grad(self._apply(i, p, s), [*theta.values(), *s], a)
-        gradient.add(theta, grads)
-        return grads[len(theta) :]
+        return self._split(theta, _materialised(grads, [*theta.values(), *s]))
 
     def _stage_forward(
-        self, i: int, p: Tree, v: Tree, s: State, s_dot: State, a: State, product: "_Accumulated"
-    ) -> tuple[State, State]:
+        self, i: int, p: Tree, v: Tree, s: State, s_dot: State, a: State
+    ) -> tuple[Tree, PartialState, State]:
         p, s, a = as_leaves(p), _leaves(s), _leaves(a)
-        w, _ = self._directional(p, s, self._apply(i, p, s), a, v, s_dot)
+        k = self._first(p, s, self._apply(i, p, s), a)
         theta = self._trained(p)
-        grads = self._second(i, w, [*theta.values(), *s, *a])
-        product.add(theta, grads)
-        return grads[len(theta) : len(theta) + len(s)], grads[len(theta) + len(s) :]
+        grads = self._second(i, k, (*v.values(), *s_dot), [*theta.values(), *s, *a])
+        end = len(theta) + len(s)
+        of_theta, _ = self._split(theta, _materialised(grads[: len(theta)], theta.values()))
+        return of_theta, grads[len(theta) : end], _materialised(grads[end:], a)
 
     def _stage_backward(
-        self,
-        i: int,
-        p: Tree,
-        v: Tree,
-        s: State,
-        s_dot: State,
-        a: State,
-        a_dot: State,
-        product: "_Accumulated",
-    ) -> tuple[State, State]:
+        self, i: int, p: Tree, v: Tree, s: State, s_dot: State, a: State, a_dot: State
+    ) -> tuple[Tree, State, State]:
         p, s = as_leaves(p), _leaves(s)
         f = self._apply(i, p, s)
-        w, before = self._directional(p, s, f, a, v, s_dot)
         theta = self._trained(p)
-        grads = self._second(i, w + _inner(w, f, a_dot), [*theta.values(), *s])
-        product.add(theta, grads)
-        return before, grads[len(theta) :]
+        k = self._first(p, s, f, a)
+        inputs = [*theta.values(), *s]
+        grads = self._second(i, (*k, *f), (*v.values(), *s_dot, *a_dot), inputs)
+        of_theta, dot = self._split(theta, _materialised(grads, inputs))
+        return of_theta, _constants(k[len(theta) :]), dot
 
-    def _directional(
-        self, p: Tree, s: State, f: State, a: State, v: Tree, s_dot: State
-    ) -> tuple[Tensor, State]:
-        """Return `<grad_p k, v> + <grad_s k, sdot>` with its graph, and grad_s k without."""
-        theta = self._trained(p)
-        k = _grad(f, [*theta.values(), *s], a, create_graph=True)
-        w = _inner(f[0].new_zeros(()), k, (*v.values(), *s_dot))
-        return w, _constants(k[len(theta) :])
+    def _first(self, p: Tree, s: State, f: State, a: State) -> State:
+        """Return grad_p k and grad_s k with their graph."""
+        inputs = [*self._trained(p).values(), *s]
+        return _materialised(_grad(f, inputs, a, create_graph=True), inputs)
 
-    def _second(self, i: int, w: Tensor, inputs: Sequence[Tensor]) -> State:
+    def _second(
+        self, i: int, outputs: State, cotangents: State, inputs: Sequence[Tensor]
+    ) -> PartialState:
         try:
-            return _grad((w,), inputs, (torch.ones_like(w),))
+            return _grad(outputs, inputs, cotangents)
         except RuntimeError as error:
             if not re.search("not implemented|differentiable", str(error)):
                 raise
@@ -253,6 +260,10 @@ class StagedFunction:
                 f"stage {self.stages[i].name}: expected layers that can be differentiated twice, "
                 f"found: {error}; write the layer in plain operations, or disable its fused kernel"
             ) from error
+
+    @staticmethod
+    def _split(theta: Tree, grads: State) -> tuple[Tree, State]:
+        return dict(zip(theta, grads, strict=False)), grads[len(theta) :]
 
     def _trained(self, p: Tree) -> Tree:
         return {k: v for k, v in p.items() if k not in self._frozen}
@@ -298,44 +309,48 @@ class StagedFunction:
         return collect
 
 
-class _Accumulated:
-    """Sums of the stages' gradients as own parts; tied weights add up."""
+class Gradient:
+    """The gradient of the stages' parameters as own parts, summed stage by stage.
+
+    Args:
+        layout: adds over ranks and cuts.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._sum: Tree = {}
 
-    def add(self, theta: Tree, gradients: State) -> None:
-        """Add the gradients of one stage, which come first among the tensors given."""
-        if not theta:
+    def add(self, whole: Tree) -> None:
+        """Add the gradient of one stage, over ranks; tied weights add up."""
+        if not whole:
             return
-        whole = dict(zip(theta, gradients, strict=False))
         for key, part in self._layout.reduce(whole).items():
             self._sum[key] = self._sum[key] + part if key in self._sum else part
 
     def finish(self, like: Tree) -> Tree:
+        """Return the sums in the order of a tree."""
         return {key: self._sum[key] for key in like}
 
 
 def _grad(
     outputs: State, inputs: Sequence[Tensor], cotangents: State, *, create_graph: bool = False
-) -> State:
+) -> PartialState:
+    """Return the pull-back of cotangents, None where nothing depends."""
     live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if not live or not inputs:
-        return tuple(torch.zeros_like(x) for x in inputs)
+        return tuple(None for _ in inputs)
     return torch.autograd.grad(
         [o for o, _ in live],
         list(inputs),
         [c for _, c in live],
         create_graph=create_graph,
         allow_unused=True,
-        materialize_grads=True,
     )
 
 
-def _inner(like: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    zero = torch.zeros_like(like)
-    return sum(((x * y).sum() for x, y in zip(a, b, strict=True)), zero)
+def _materialised(grads: PartialState, inputs: Iterable[Tensor]) -> State:
+    both = zip(grads, inputs, strict=True)
+    return tuple(torch.zeros_like(x) if g is None else g for g, x in both)
 
 
 def _constants(state: State) -> State:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ispen_dist.linalg.operators import pull_back
 from ispen_dist.linalg.reduction import LossValue, own_share
 from ispen_dist.linalg.staged import StagedFunction
-from ispen_dist.linalg.trees import Tree, add_scaled, as_leaves
+from ispen_dist.linalg.trees import Tree, as_leaves
 
 
 class Potentials(Protocol):
@@ -123,8 +123,8 @@ class StagedHessian(_StagedOperator):
         model, output = self._model, self._output
         if self._adjoints:
             z_dot, direct, of_states = model.forward_curvature(v, self._adjoints)
-            rest, _ = model.pull_back(output.z_bar_dot(z_dot), extra=of_states)
-            return add_scaled(direct, 1.0, rest)
+            z_bar_dot = output.z_bar_dot(z_dot)
+            return model.pull_back(z_bar_dot, extra=of_states, onto=direct)[0]
         states, tangents = model.states_and_tangents(v)
         z_bar_dot = output.z_bar_dot(tangents[-1][0])
         return model.backward_curvature(v, states, tangents, output.z_bar, z_bar_dot)
