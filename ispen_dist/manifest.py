@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT_NAME = "ispen-dist checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 

@@ -182,8 +182,8 @@ def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"version": 7}, "expected format version 1, got 7; load it with the release"),
-        ({"version": None}, "expected format version 1, got None"),
+        ({"version": 7}, "expected format version 2, got 7; load it with the release"),
+        ({"version": None}, "expected format version 2, got None"),
         ({"format": "other"}, "expected format 'ispen-dist checkpoint', got 'other'"),
         ({"step": 2}, "expected step 1 as in the folder's name, got step 2"),
         ({"step": "1"}, "expected a step, files and trees"),
