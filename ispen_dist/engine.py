@@ -209,7 +209,7 @@ class ReplicatedEngine(Engine):
 
     def parameters(self, names: Iterable[str] | None = None) -> Tree:
         """Return the parameters themselves."""
-        return {n: self._parameters[n] for n in (names or self._parameters)}
+        return {n: self._parameters[n] for n in (self._parameters if names is None else names)}
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Run the network; under autocast its output is cast back."""

@@ -201,11 +201,14 @@ class OuterStep:
 
         Raises:
             SolveFailed: where the defect is large, as with a wrong second derivative.
+            StageError: where a layer has no second derivative.
         """
         seed, config = self._config.train.seed, self._config.solver
         layout = self.engines.inference_net.layout
-        seed_step(seed, "probe", step, self.rank)
         u, v = (random_parts(self._losses.theta(), layout, seed + i) for i in range(2))
+        # First, since it names the stage whose layers cannot be differentiated twice.
+        error = self._precision_error(inner_batch, v, layout)
+        seed_step(seed, "probe", step, self.rank)
         operator: CurvatureOperator
         if self._keeps_graph:
             operator = build_operator(
@@ -224,10 +227,7 @@ class OuterStep:
                 f"inference_net: expected a symmetric Hessian, got a defect of {defect:.1e} "
                 f"(limit {MAX_SYMMETRY_DEFECT:g}); a layer's second derivative is wrong or missing"
             )
-        return {
-            "symmetry_defect": defect,
-            "precision_error": self._precision_error(inner_batch, v, layout),
-        }
+        return {"symmetry_defect": defect, "precision_error": error}
 
     def _precision_error(self, batch: Batch, v: Tree, layout: Layout) -> float:
         """Compare one product, without dropout, on the rank's first examples with float64."""

@@ -2,7 +2,7 @@
 
     accelerate launch launcher/train.py --config configs/twitter_pos.yaml
 
-Exit codes: 0 done, 2 configuration or data, 3 not finite or the solver was told to stop.
+Exit codes: 0 done, 2 configuration, data or network, 3 not finite or the solver was told to stop.
 """
 
 import sys
@@ -17,6 +17,7 @@ from ispen_dist.config import ConfigError
 from ispen_dist.data.errors import DataError
 from ispen_dist.data.loading import load_splits
 from ispen_dist.distributed import Session
+from ispen_dist.linalg.staged import StageError
 from ispen_dist.outer import SolveFailed
 from ispen_dist.plan import describe
 from ispen_dist.recording.console import Console
@@ -34,7 +35,7 @@ def main() -> int:
         return 2
     try:
         return run(command, session)
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, StageError) as error:
         return failed(session, error, 2)
     except (NotFinite, SolveFailed) as error:
         return failed(session, error, 3)

@@ -107,7 +107,7 @@ class DeepSpeedEngine(Engine):
 
     def parameters(self, names: Iterable[str] | None = None) -> Tree:
         """Return own parts; under bf16 of the optimizer's float32 copy."""
-        return {name: self._own(name) for name in (names or self._parameters)}
+        return {name: self._own(name) for name in (self._parameters if names is None else names)}
 
     def _own(self, name: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
@@ -116,7 +116,7 @@ class DeepSpeedEngine(Engine):
         if not self._sharded:
             return safe_get_full_fp32_param(p) if self._low_precision else p.detach()
         part = safe_get_local_fp32_param(p) if self._low_precision else p.ds_tensor.detach()
-        return part.to(p.device)[: self._size(name)]
+        return part.to(self._engine.device)[: self._size(name)]
 
     def _size(self, name: str) -> int:
         return self._cuts[name].size(dist.get_rank())
@@ -314,7 +314,10 @@ class FullyShardedEngine(Engine):
 
     def parameters(self, names: Iterable[str] | None = None) -> Tree:
         """Return own parts, in the type of the shards: float32 also under bf16."""
-        return {n: _local(self._parameters[n]).to(self._device) for n in names or self._parameters}
+        return {
+            n: _local(self._parameters[n]).to(self._device)
+            for n in (self._parameters if names is None else names)
+        }
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Run the sharded network."""

@@ -16,6 +16,10 @@ from ispen_dist.distributed.ranks import Ranks
 from ispen_dist.linalg.reduction import Reduction
 from ispen_dist.linalg.trees import Tree, dots
 
+# torch 2.13 has new names for the same functions and warns of the old ones.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -70,7 +74,7 @@ class Shards:
             return lambda: list(trees)
         own = torch.cat([self._padded(key, part) for key, part in parts])
         pieces = own.new_empty(self._num_ranks, own.numel())
-        work = dist.all_gather_into_tensor(pieces.view(-1), own, group=self._group, async_op=True)
+        work = all_gather(pieces.view(-1), own, group=self._group, async_op=True)
         # What was gathered lives no longer than the caller keeps it, so the closure lets go.
         waiting = [(work, own, pieces)]
 
@@ -93,7 +97,7 @@ class Shards:
             self._spread(whole[key].flatten(), cut.piece, rows[:, begin : begin + cut.piece])
             begin += cut.piece
         own = first.new_empty(width)
-        dist.reduce_scatter_tensor(own, rows.view(-1), group=self._group)
+        reduce_scatter(own, rows.view(-1), group=self._group)
         parts = own.split([cut.piece for cut in cuts.values()])
         return {
             key: part[: cut.size(self._rank)].clone()

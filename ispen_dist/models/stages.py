@@ -65,8 +65,7 @@ def parts_of(network: nn.Module) -> list[Part]:
     if not isinstance(network, StagedNetwork):
         raise StageError(
             f"{type(network).__name__}: expected a StagedNetwork with a list of stages, found "
-            "none; define parts(), or run it with parameters that are not sharded "
-            "(configs/runtime/ddp.yaml) and solver.memory=graph"
+            "none; derive it from StagedNetwork and define parts()"
         )
     parts = network.parts()
     read = {id(p) for part in parts for p in part.parameters()}
