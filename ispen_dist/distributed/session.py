@@ -1,6 +1,8 @@
 """One process of a run: its rank, its device, its engines, and how it stays in step with others."""
 
+import hashlib
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -127,7 +129,9 @@ def check_extensions(now: float | None = None) -> None:
     Raises:
         ConfigError: for a lock older than `STALE_SECONDS`, naming it.
     """
-    cache = Path.home() / ".cache" / "ispen_dist" / f"torch_extensions_{torch.__version__}"
+    # One folder per installation: two would rebuild each other's operators, at the same time even.
+    installation = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
+    cache = Path.home() / ".cache" / "ispen_dist" / f"torch_extensions_{installation}"
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache)))
     for lock in folder.glob("*/lock"):
         age = (time.time() if now is None else now) - lock.stat().st_mtime
