@@ -1,7 +1,7 @@
 """What a configuration will cost on a runtime, counted before anything is trained.
 
 Counts, not measurements: activations come on top of memory, and the time of a transfer is not
-known. `profiling/bench_sharded_memory.py` measures.
+known. `profiling/bench_solve_memory.py` measures.
 """
 
 from dataclasses import dataclass
