@@ -1,0 +1,45 @@
+"""The counted cost of a runtime: what is cut among ranks, and what a product sends."""
+
+from dataclasses import replace
+
+import problems
+import pytest
+
+from ispen_dist.distributed.runtime import Runtime
+from ispen_dist.plan import Sizes, cost_of
+
+SIZES = Sizes(theta=1000, energy=400, phi=40, stage=300)
+
+
+def cost(runtime="fsdp2", num_ranks=4, **solver):
+    config = problems.tagging_config("transformer", objective="ssvm")
+    config = replace(
+        config,
+        solver=replace(config.solver, **solver),
+        train=replace(config.train, dtype="float32", method="implicit"),
+    )
+    return cost_of(config, SIZES, num_ranks, Runtime(runtime))
+
+
+@pytest.mark.parametrize(
+    ("solver", "trees"),
+    [
+        ({}, 5),  # gathers of p, v and p again; two reduce-scatters
+        ({"memory": "recompute"}, 5),  # gathers of p and v twice; one reduce-scatter
+        ({"curvature": "gauss_newton"}, 4),
+    ],
+)
+def test_a_sharded_product_sends_what_simulate_scale_counts(solver, trees):
+    assert cost(**solver).product == pytest.approx(4 * trees * 1000 * 3 / 4)
+
+
+def test_only_what_a_runtime_cuts_falls_with_the_number_of_ranks():
+    per_rank = {name: cost(name).resting / (4 * 1400) for name in ("replicas", "zero1", "zero2")}
+    assert per_rank == pytest.approx({"replicas": 4.0, "zero1": 2.5, "zero2": 1.75})
+    assert cost("zero3").resting == cost("fsdp2").resting == 4 * 1400
+    assert cost("zero3").vectors == cost("replicas").vectors / 4
+
+
+def test_a_prefetched_stage_is_held_beside_the_present_one():
+    assert cost(prefetch=True).gathered == 2 * cost(prefetch=False).gathered > 0
+    assert cost("zero2").gathered == 0
