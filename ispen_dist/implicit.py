@@ -27,11 +27,16 @@ from ispen_dist.linalg.operators import (
     damped,
     pull_back,
 )
-from ispen_dist.linalg.reduction import OneProcess, Reduction, agreed_dots, own_share
+from ispen_dist.graphs.compiler import Compiler
+from ispen_dist.graphs.operators import CompiledOperator, compiled_outer_gradients
+from ispen_dist.linalg.layout import Replicas
+from ispen_dist.linalg.reduction import OneProcess, Reduction, own_share
 from ispen_dist.linalg.solution import Solution, Status
-from ispen_dist.linalg.solvers import CG, Dots, Solver
+from ispen_dist.linalg.solvers import CG, Solver
 from ispen_dist.linalg.staged_operators import StagedLoss, build_staged_operator
 from ispen_dist.linalg.trees import Tree, add_scaled, as_leaves
+from ispen_dist.linalg.vectors import Vectors
+from ispen_dist.ops.vectors import local_vectors
 
 DEFAULT_SOLVER = CG(max_steps=20, rtol=1e-6)
 
@@ -133,7 +138,7 @@ def hypergradient(
     reduction = reduction or OneProcess()
     outer = outer_gradients(outer_loss, theta, phi, reduction)
     operator = build_operator(curvature, inner_loss, theta, phi, reduction)
-    return _through_solution(outer, operator, solver, damping, agreed_dots(reduction), start)
+    return _through_solution(outer, operator, solver, damping, Replicas(reduction).vectors(), start)
 
 
 def staged_hypergradient(
@@ -143,6 +148,7 @@ def staged_hypergradient(
     solver: Solver = DEFAULT_SOLVER,
     damping: float = 0.0,
     curvature: str = "hessian",
+    compiler: Compiler | None = None,
     start: Tree | None = None,
 ) -> Hypergradient:
     """Compute the same with players that are given by stages and may be sharded.
@@ -153,15 +159,23 @@ def staged_hypergradient(
         solver: how to apply the inverse.
         damping: added to the diagonal of the curvature.
         curvature: "hessian" or "gauss_newton".
+        compiler: compile the stages and keep all that depends on the solve point alone, see
+            `graphs.phases`; every rank must hold all parameters.
         start: initial guess for the solve, own parts.
 
     Returns:
         A `Hypergradient` whose trees hold this rank's own parts.
     """
-    outer = staged_outer_gradients(outer_loss)
-    operator = build_staged_operator(curvature, inner_loss)
-    dots = inner_loss.model.layout.dots
-    return _through_solution(outer, operator, solver, damping, dots, start)
+    operator: CurvatureOperator
+    if compiler is not None:
+        outer = compiled_outer_gradients(outer_loss, compiler)
+        operator = CompiledOperator(inner_loss, compiler, curvature)
+    else:
+        outer = staged_outer_gradients(outer_loss)
+        operator = build_staged_operator(curvature, inner_loss)
+    layout = inner_loss.model.layout
+    vectors = layout.vectors(local_vectors(outer[0].device, compiler))
+    return _through_solution(outer, operator, solver, damping, vectors, start)
 
 
 def staged_outer_gradients(loss: StagedLoss) -> tuple[Tensor, Tree, Tree]:
@@ -178,12 +192,12 @@ def _through_solution(
     operator: CurvatureOperator,
     solver: Solver,
     damping: float,
-    dots: Dots,
+    vectors: Vectors,
     start: Tree | None,
 ) -> Hypergradient:
     """Solve, and insert the solution in the equation at the head of this file."""
     value, d_theta, explicit = outer
-    solution = solver.solve(damped(operator, damping), d_theta, dots=dots, start=start)
+    solution = solver.solve(damped(operator, damping), d_theta, vectors=vectors, start=start)
     implicit = {key: part.neg() for key, part in operator.mixed(solution.value).items()}
     return Hypergradient(explicit, implicit, solution, value, operator.value, operator.gradient)
 

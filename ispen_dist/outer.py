@@ -221,7 +221,7 @@ class OuterStep:
         else:
             staged = self._losses.inner_staged(inner_batch)
             operator = build_staged_operator(config.curvature, staged)
-        defect = agreed(symmetry_defect(operator, u, v, layout.dots), self._reduction)
+        defect = agreed(symmetry_defect(operator, u, v, layout.vectors()), self._reduction)
         if defect > MAX_SYMMETRY_DEFECT:
             raise SolveFailed(
                 f"inference_net: expected a symmetric Hessian, got a defect of {defect:.1e} "

@@ -17,7 +17,7 @@ from ispen_dist.config import ConfigError
 from ispen_dist.data.errors import DataError
 from ispen_dist.data.loading import load_splits
 from ispen_dist.distributed import Session
-from ispen_dist.linalg.staged import StageError
+from ispen_dist.linalg.stages import StageError
 from ispen_dist.outer import SolveFailed
 from ispen_dist.plan import describe
 from ispen_dist.recording.console import Console

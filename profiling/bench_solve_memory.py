@@ -155,7 +155,7 @@ def solves(engine: Engine, session: Session) -> dict[str, Callable[[], Solution]
         keep = memory == "states"
         model = engine.staged(inputs, training=True, keep_states=keep, prefetch=prefetch)
         operator = build_staged_operator(curvature, StagedLoss(model, likelihood, _NoEnergy()))
-        return solver.solve(damped(operator, DAMPING), operator.gradient, dots=layout.dots)
+        return solver.solve(damped(operator, DAMPING), operator.gradient, vectors=layout.vectors())
 
     def naive() -> Solution:
         whole = layout.gather([engine.parameters()])()[0]
@@ -173,7 +173,7 @@ def solves(engine: Engine, session: Session) -> dict[str, Callable[[], Solution]
 
         rhs = layout.reduce(operator.gradient)
         operator.gradient = {}
-        return solver.solve(lambda v: add_scaled(product(v), DAMPING, v), rhs, dots=layout.dots)
+        return solver.solve(lambda v: add_scaled(product(v), DAMPING, v), rhs, vectors=layout.vectors())
 
     def variant(name: str) -> Callable[[], Solution]:
         if name == "naive":

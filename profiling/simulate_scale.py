@@ -202,7 +202,7 @@ def iteration(model: Model, num_ranks: int, curvature: str, solver: str) -> tupl
         runs = []
         for num_steps in (2, 3):
             traffic.calls.clear()
-            solution = SOLVERS[solver](num_steps, 0.0).solve(matvec, rhs, dots=layout.dots)
+            solution = SOLVERS[solver](num_steps, 0.0).solve(matvec, rhs, vectors=layout.vectors())
             if solution.num_steps != num_steps:
                 raise RuntimeError(f"the solve ended early: {solution.status}")
             runs.append(Traffic(list(traffic.calls)))

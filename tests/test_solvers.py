@@ -6,10 +6,10 @@ import problems
 import pytest
 import torch
 
-from ispen_dist.linalg import trees
 from ispen_dist.linalg.operators import build_operator, damped
 from ispen_dist.linalg.solution import Status
 from ispen_dist.linalg.solvers import CG, SOLVERS, Identity, Neumann, SingleReductionCG
+from ispen_dist.linalg.vectors import Vectors
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -97,11 +97,12 @@ def test_single_reduction_cg_asks_for_its_inner_products_once_per_step():
     A, b = spectrum(10.0)
     calls = []
 
-    def counted(pairs):
-        calls.append(len(pairs))
-        return trees.dots(pairs)
+    def counted(products):
+        calls.append(len(products))
+        return products
 
-    SingleReductionCG(6, 0.0).solve(lambda v: {"w": A @ v["w"]}, b, dots=counted)
+    vectors = Vectors(reduce=counted)
+    SingleReductionCG(6, 0.0).solve(lambda v: {"w": A @ v["w"]}, b, vectors=vectors)
     assert calls == [1] + [4] * 6
 
 

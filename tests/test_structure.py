@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ispen_dist"
 LAYERS = [
     ["config", "linalg"],
+    ["graphs"],
+    ["ops"],
     ["data", "command_line"],
     ["models"],
     ["objectives"],

@@ -343,7 +343,7 @@ class FullyShardedEngine(Engine):
         self._update(gradient)
 
     def _update(self, gradient: Tree) -> Tensor:
-        norm = self.layout.dots([(gradient, gradient)])[0].sqrt()
+        norm = self.layout.vectors().dots([(gradient, gradient)])[0].sqrt()
         gradient = scaled(gradient, clip_factor(norm, self.phase.config.clip_norm))
         self._adamw.zero_grad()
         for name, part in gradient.items():

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ispen_dist.distributed.ranks import Ranks
 from ispen_dist.linalg.reduction import Reduction
-from ispen_dist.linalg.trees import Tree, dots
+from ispen_dist.linalg.trees import Tree
+from ispen_dist.linalg.vectors import Local, Vectors
 
 # torch 2.13 has new names for the same functions and warns of the old ones.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -108,9 +109,9 @@ class Shards:
         """Cut this rank's parts out of whole tensors; raises ValueError for other shapes."""
         return {key: self._own(key, value) for key, value in whole.items()}
 
-    def dots(self, pairs: Sequence[tuple[Tree, Tree]]) -> Tensor:
-        """Return inner products over all ranks in one all-reduce."""
-        return self._reduction.sum([dots(pairs)])[0]
+    def vectors(self, local: Local | None = None) -> Vectors:
+        """Return arithmetic whose inner products are summed in one all-reduce."""
+        return Vectors(lambda products: self._reduction.sum([products])[0], local)
 
     def _own(self, key: str, value: Tensor) -> Tensor:
         cut = self.cuts[key]

@@ -11,8 +11,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ispen_dist.linalg.reduction import Reduction, agreed_dots, sum_tree
+from ispen_dist.linalg.reduction import Reduction, agreed_products, sum_tree
 from ispen_dist.linalg.trees import Tree
+from ispen_dist.linalg.vectors import Local, Vectors
 
 
 class Layout(Protocol):
@@ -44,8 +45,8 @@ class Layout(Protocol):
         """Cut this rank's parts out of whole tensors that are alike on all ranks."""
         ...
 
-    def dots(self, pairs: Sequence[tuple[Tree, Tree]]) -> Tensor:
-        """Return the inner products of pairs of own parts over all ranks, in one all-reduce."""
+    def vectors(self, local: Local | None = None) -> Vectors:
+        """Return the arithmetic of own parts, with inner products over all ranks."""
         ...
 
     def draw_seed(self, seed: int) -> int:
@@ -66,7 +67,6 @@ class Replicas:
 
     def __init__(self, reduction: Reduction) -> None:
         self._reduction = reduction
-        self._dots = agreed_dots(reduction)
 
     @property
     def reduction(self) -> Reduction:
@@ -85,9 +85,9 @@ class Replicas:
         """Return the tree as it is."""
         return whole
 
-    def dots(self, pairs: Sequence[tuple[Tree, Tree]]) -> Tensor:
-        """Return inner products with the same bits on every rank, see `agreed_dots`."""
-        return self._dots(pairs)
+    def vectors(self, local: Local | None = None) -> Vectors:
+        """Return arithmetic whose scalars have the same bits on every rank."""
+        return Vectors(agreed_products(self._reduction), local)
 
     def draw_seed(self, seed: int) -> int:
         """Return the same seed on every rank."""
@@ -100,4 +100,5 @@ class Replicas:
 
 def norms(layout: Layout, *trees: Tree) -> list[float]:
     """Return the Euclidean norms of trees of own parts from one all-reduce, on the host."""
-    return layout.dots([(tree, tree) for tree in trees]).clamp(min=0.0).sqrt().tolist()
+    products = layout.vectors().dots([(tree, tree) for tree in trees])
+    return products.clamp(min=0.0).sqrt().tolist()

@@ -12,7 +12,7 @@ Only reverse mode is used. It is right through layer norm, batch norm, LSTM and 
 where forward mode over reverse mode is not always (torch 2.13).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ispen_dist.linalg.reduction import LossValue, OneProcess, Reduction, own_share, sum_tree
-from ispen_dist.linalg.trees import Tree, add_scaled, as_leaves, detached, dots
+from ispen_dist.linalg.trees import Tree, add_scaled, as_leaves, detached
+from ispen_dist.linalg.vectors import Vectors
 
 Loss = Callable[[Tree, Tree], LossValue]
-Dots = Callable[[Sequence[tuple[Tree, Tree]]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,9 @@ def build_operator(
     raise ValueError(f"curvature: expected one of {', '.join(CURVATURES)}, got {curvature!r}")
 
 
-def symmetry_defect(operator: CurvatureOperator, u: Tree, v: Tree, dots: Dots = dots) -> Tensor:
+def symmetry_defect(
+    operator: CurvatureOperator, u: Tree, v: Tree, vectors: Vectors | None = None
+) -> Tensor:
     """Measure how far an operator is from symmetric, `|u.Hv - v.Hu| / (|Hv| |u| + |Hu| |v|)`.
 
     A probe before curvature is trusted: rounding gives about the unit roundoff; a loss that draws
@@ -210,12 +212,11 @@ def symmetry_defect(operator: CurvatureOperator, u: Tree, v: Tree, dots: Dots = 
         operator: the curvature.
         u: a random direction.
         v: another one.
-        dots: inner products, over ranks where trees are own parts.
+        vectors: arithmetic, over ranks where trees are own parts.
     """
     Hu, Hv = operator.matvec(u), operator.matvec(v)
-    uHv, vHu, uu, vv, HuHu, HvHv = dots(
-        [(u, Hv), (v, Hu), (u, u), (v, v), (Hu, Hu), (Hv, Hv)]
-    ).unbind()
+    pairs = [(u, Hv), (v, Hu), (u, u), (v, v), (Hu, Hu), (Hv, Hv)]
+    uHv, vHu, uu, vv, HuHu, HvHv = (vectors or Vectors()).dots(pairs).unbind()
     return (uHv - vHu).abs() / ((HvHv * uu).sqrt() + (HuHu * vv).sqrt())
 
 

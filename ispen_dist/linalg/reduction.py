@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ispen_dist.linalg.trees import Tree, dots
+from ispen_dist.linalg.trees import Tree
 
 LossValue = Tensor | tuple[Tensor, Tensor | float]
 
@@ -75,16 +75,16 @@ def _require_scalar(value: Tensor, name: str) -> None:
         )
 
 
-def agreed_dots(reduction: Reduction) -> Callable[[Sequence[tuple[Tree, Tree]]], Tensor]:
-    """Return `trees.dots` for replicated trees, with the same bits on every rank.
+def agreed_products(reduction: Reduction) -> Callable[[Tensor], Tensor]:
+    """Return what makes inner products of replicated trees the same bits on every rank.
 
     Replicas hold the same vectors, but two machines may round their inner products differently,
     and a solver that stops on one rank only would leave the others waiting. So the decisions of a
     solve come from the average over ranks, one small all-reduce per call.
     """
     if reduction.num_ranks == 1:
-        return dots
-    return lambda pairs: reduction.sum([dots(pairs) / reduction.num_ranks])[0]
+        return lambda products: products
+    return lambda products: reduction.sum([products / reduction.num_ranks])[0]
 
 
 def agreed(scalar: Tensor, reduction: Reduction) -> float:

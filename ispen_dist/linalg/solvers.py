@@ -1,41 +1,41 @@
 """Linear solvers for `A q = b` on trees, given only products with a symmetric `A`.
 
 A solver is a frozen dataclass of its settings with one method, `solve`. It sees a matrix-vector
-product, a right-hand side and a function for inner products; where these live (one process,
+product, a right-hand side and an arithmetic of vectors; where these live (one process,
 replicas, shards) is none of its business. Every decision is taken from the scalars that the
-inner products return, which are the same on every rank, so all ranks stop together.
+inner products return, which are the same on every rank, so all ranks stop together. A solver
+writes into vectors of its own only: never into the right-hand side, the start or a product.
 
 To add one: write the dataclass here or in a file of its own, and add a row to `SOLVERS`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ispen_dist.linalg import trees
 from ispen_dist.linalg.solution import Solution, Status
-from ispen_dist.linalg.trees import Tree, add_scaled, scaled, zeros_like
+from ispen_dist.linalg.trees import Tree, add_scaled, copied, scaled, zeros_like
+from ispen_dist.linalg.vectors import Vectors
 
 MatVec = Callable[[Tree], Tree]
-Dots = Callable[[Sequence[tuple[Tree, Tree]]], Tensor]
 
 
 class Solver(Protocol):
     """The interface of every linear solver."""
 
     def solve(
-        self, matvec: MatVec, rhs: Tree, *, dots: Dots = trees.dots, start: Tree | None = None
+        self, matvec: MatVec, rhs: Tree, *, vectors: Vectors | None = None, start: Tree | None = None
     ) -> Solution:
         """Solve `A q = rhs`.
 
         Args:
             matvec: returns `A v` for a tree `v` like `rhs`, identical on every rank.
             rhs: the right-hand side `b`.
-            dots: inner products of several pairs of trees, see `trees.dots`.
+            vectors: arithmetic of own parts, and sums over ranks; default plain, one process.
             start: initial guess, for instance the solution of the previous outer step; dropped
                 where zero is the better start.
         """
@@ -61,15 +61,15 @@ class _Begin:
     ended: Solution | None
 
 
-def _begin(matvec: MatVec, rhs: Tree, dots: Dots, start: Tree | None) -> _Begin:
-    q, r = zeros_like(rhs), rhs
+def _begin(matvec: MatVec, rhs: Tree, vectors: Vectors, start: Tree | None) -> _Begin:
+    q, r = zeros_like(rhs), copied(rhs)
     if start is None:
-        bb = rr = dots([(rhs, rhs)]).item()
+        bb = rr = vectors.dots([(rhs, rhs)]).item()
     else:
         r_start = add_scaled(rhs, -1.0, matvec(start))
-        bb, rr = dots([(rhs, rhs), (r_start, r_start)]).tolist()
+        bb, rr = vectors.dots([(rhs, rhs), (r_start, r_start)]).tolist()
         if rr < bb:
-            q, r = start, r_start
+            q, r = copied(start), r_start
         else:
             rr = bb
     ended = None
@@ -102,36 +102,34 @@ class CG:
             raise ValueError(f"CG.rtol: expected a number in [0, 1), got {self.rtol}")
 
     def solve(
-        self, matvec: MatVec, rhs: Tree, *, dots: Dots = trees.dots, start: Tree | None = None
+        self, matvec: MatVec, rhs: Tree, *, vectors: Vectors | None = None, start: Tree | None = None
     ) -> Solution:
         """See `Solver.solve`."""
-        begin = _begin(matvec, rhs, dots, start)
+        vectors = vectors or Vectors()
+        begin = _begin(matvec, rhs, vectors, start)
         if begin.ended is not None:
             return begin.ended
         q, r, rr, bb = begin.q, begin.r, begin.rr, begin.bb
-        del begin  # every tree that is not kept is one less in memory during a product
-        p, history = r, [math.sqrt(rr / bb)]
+        p, history = copied(r), [math.sqrt(rr / bb)]
 
         def end(status: Status) -> Solution:
             return Solution(q, status, len(history) - 1, history[-1], tuple(history))
 
         while history[-1] > self.rtol and len(history) <= self.max_steps:
             Ap = matvec(p)
-            pAp_device = dots([(p, Ap)])[0]
-            alpha = rr / pAp_device
-            q_next = add_scaled(q, alpha, p)
-            r_next = add_scaled(r, -alpha, Ap)
+            pAp_device = vectors.dots([(p, Ap)])[0]
+            # A step of zero where there must be none: q stays the last good iterate.
+            alpha = torch.where(pAp_device > 0.0, rr / pAp_device, 0.0)
+            pAp, rr_next = _read(pAp_device, vectors.cg_update(q, r, p, Ap, alpha))
             del Ap
-            pAp, rr_next = _read(pAp_device, dots([(r_next, r_next)])[0])
             if not math.isfinite(pAp):
                 return end(Status.NOT_FINITE)
             if pAp <= 0.0:
                 return end(Status.NEGATIVE_CURVATURE)
             if not math.isfinite(rr_next):
                 return end(Status.NOT_FINITE)
-            p = add_scaled(r_next, rr_next / rr, p)
-            q, r, rr = q_next, r_next, rr_next
-            del q_next, r_next
+            vectors.direction_update(p, r, pAp_device.new_tensor(rr_next / rr))
+            rr = rr_next
             history.append(math.sqrt(rr / bb))
         return end(Status.CONVERGED if history[-1] <= self.rtol else Status.MAX_STEPS)
 
@@ -163,14 +161,14 @@ class SingleReductionCG:
         CG(self.max_steps, self.rtol)
 
     def solve(
-        self, matvec: MatVec, rhs: Tree, *, dots: Dots = trees.dots, start: Tree | None = None
+        self, matvec: MatVec, rhs: Tree, *, vectors: Vectors | None = None, start: Tree | None = None
     ) -> Solution:
         """See `Solver.solve`."""
-        begin = _begin(matvec, rhs, dots, start)
+        vectors = vectors or Vectors()
+        begin = _begin(matvec, rhs, vectors, start)
         if begin.ended is not None:
             return begin.ended
         q, r, rr, bb = begin.q, begin.r, begin.rr, begin.bb
-        del begin  # every tree that is not kept is one less in memory during a product
         history = [math.sqrt(rr / bb)]
         p, s = zeros_like(rhs), zeros_like(rhs)
         rr_old, pAp_old, ss_old = math.inf, 0.0, 0.0
@@ -180,7 +178,8 @@ class SingleReductionCG:
 
         while history[-1] > self.rtol and len(history) <= self.max_steps:
             Ar = matvec(r)
-            rr, rAr, ArAr, Ars = dots([(r, r), (r, Ar), (Ar, Ar), (Ar, s)]).tolist()
+            products = vectors.dots([(r, r), (r, Ar), (Ar, Ar), (Ar, s)])
+            rr, rAr, ArAr, Ars = products.tolist()
             beta = rr / rr_old
             pAp = rAr - beta * beta * pAp_old
             if not math.isfinite(pAp):
@@ -191,9 +190,9 @@ class SingleReductionCG:
             rr_next = max(alpha * alpha * ss - rr, 0.0)
             if not math.isfinite(rr_next):
                 return end(Status.NOT_FINITE)
-            p, s = add_scaled(r, beta, p), add_scaled(Ar, beta, s)
+            scalars = products.new_tensor([alpha, beta])
+            vectors.single_reduction_update(q, r, p, s, Ar, scalars[0], scalars[1])
             del Ar
-            q, r = add_scaled(q, alpha, p), add_scaled(r, -alpha, s)
             rr_old, pAp_old, ss_old = rr, pAp, ss
             history[-1] = math.sqrt(rr / bb)
             history.append(math.sqrt(rr_next / bb))
@@ -228,10 +227,11 @@ class Neumann:
         _require_positive(self, max_steps=self.max_steps, scale=self.scale)
 
     def solve(
-        self, matvec: MatVec, rhs: Tree, *, dots: Dots = trees.dots, start: Tree | None = None
+        self, matvec: MatVec, rhs: Tree, *, vectors: Vectors | None = None, start: Tree | None = None
     ) -> Solution:
         """See `Solver.solve`."""
-        begin = _begin(matvec, rhs, dots, start)
+        vectors = vectors or Vectors()
+        begin = _begin(matvec, rhs, vectors, start)
         if begin.ended is not None:
             return begin.ended
         q, r, bb = begin.q, begin.r, begin.bb
@@ -239,7 +239,7 @@ class Neumann:
         while history[-1] > self.rtol and len(history) <= self.max_steps:
             q = add_scaled(q, 1.0 / self.scale, r)
             r = add_scaled(r, -1.0 / self.scale, matvec(r))
-            rr = dots([(r, r)]).item()
+            rr = vectors.dots([(r, r)]).item()
             history.append(math.sqrt(rr / bb) if rr >= 0.0 else math.nan)
             if not math.isfinite(rr):
                 break
@@ -270,10 +270,10 @@ class Identity:
         _require_positive(self, scale=self.scale)
 
     def solve(
-        self, matvec: MatVec, rhs: Tree, *, dots: Dots = trees.dots, start: Tree | None = None
+        self, matvec: MatVec, rhs: Tree, *, vectors: Vectors | None = None, start: Tree | None = None
     ) -> Solution:
         """See `Solver.solve`; `matvec` and `start` are not used."""
-        bb = dots([(rhs, rhs)]).item()
+        bb = (vectors or Vectors()).dots([(rhs, rhs)]).item()
         if not math.isfinite(bb):
             return Solution(zeros_like(rhs), Status.NOT_FINITE, 0, math.nan)
         status = Status.APPROXIMATE if bb > 0.0 else Status.ZERO_RHS

@@ -3,19 +3,7 @@
 Parameters lie over ranks in a `Layout`. Each pass gathers the parameters of one stage (and its
 slice of the direction), computes, reduces the stage's gradient back into own parts and frees. In
 memory at any time are the own parts, one stage (two with prefetch), and the states at the stage
-boundaries.
-
-Only reverse mode is used (see `operators`). With a stage f(p, s), p its parameters and s the state
-before it, and a cotangent a of its output, let  k(p, s, a) = <a, f(p, s)>. Then
-
-    grad_p k, grad_s k                                 the pull-back of a
-    w = <grad_p k, v> + <grad_s k, sdot> + <f, adot>   a scalar, in a direction (v, sdot, adot)
-    grad_a w (with adot = 0)  = fdot                   the tangent
-    grad_p w, grad_s w                                 tangents of grad_p k and grad_s k
-
-so two backward passes give what the R-operator (Pearlmutter 1994) needs, through any layer that
-has a second derivative in reverse mode. w itself is never formed: the second pass starts at
-grad_p k, grad_s k and f with the cotangents v, sdot and adot.
+boundaries. What is computed at one stage is in `stages`; only reverse mode is used there.
 
 Randomness: the state of the generators before each stage is recorded in the first pass and set
 again for every later one, so all passes see the same dropout masks, and those of a plain forward
@@ -23,38 +11,16 @@ pass.
 """
 
 import contextlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ispen_dist.linalg.layout import Layout
-from ispen_dist.linalg.trees import Tree, as_leaves
+from ispen_dist.linalg.stages import EagerPasses, PartialState, Passes, Stage, State
+from ispen_dist.linalg.trees import Tree
 
-State = tuple[Tensor, ...]
-PartialState = tuple[Tensor | None, ...]
 Collect = Callable[[], tuple[Tree, Tree]]
-
-
-class StageError(ValueError):
-    """A network cannot be computed stage by stage, or a stage not differentiated twice."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage at given inputs.
-
-    Attributes:
-        name: for messages.
-        keys: names of the parameters it reads, in the tree of the whole network.
-        apply: `(parameters, state) -> next state`, with whole tensors under `keys`.
-    """
-
-    name: str
-    keys: tuple[str, ...]
-    apply: Callable[[Tree, State], State]
 
 
 class StagedFunction:
@@ -65,6 +31,7 @@ class StagedFunction:
         layout: of the parameters.
         parameters: own parts of every parameter that a stage reads; the point.
         frozen: names of parameters that are constants: no gradient, no direction.
+        passes: what computes at one stage; default autograd.
         keep_states: keep the states at the boundaries from the first pass on; otherwise every
             pass that needs them computes them again.
         prefetch: start to gather the next stage before computing this one.
@@ -77,6 +44,7 @@ class StagedFunction:
         parameters: Tree,
         *,
         frozen: frozenset[str] = frozenset(),
+        passes: Passes | None = None,
         keep_states: bool = True,
         prefetch: bool = False,
     ) -> None:
@@ -84,7 +52,8 @@ class StagedFunction:
         self.layout = layout
         self.parameters = parameters
         self.keep_states = keep_states
-        self._frozen = frozen
+        self.frozen = frozen
+        self.passes = passes or EagerPasses(frozen)
         self._prefetch = prefetch
         self._states: list[State] = []
         self._random: list[list[Tensor]] = []
@@ -92,7 +61,7 @@ class StagedFunction:
     @property
     def theta(self) -> Tree:
         """Own parts of the parameters that are differentiated."""
-        return {k: v for k, v in self.parameters.items() if k not in self._frozen}
+        return {k: v for k, v in self.parameters.items() if k not in self.frozen}
 
     # -- passes ----------------------------------------------------------------------------------
 
@@ -103,7 +72,8 @@ class StagedFunction:
             return self._states
         states: list[State] = [()]
         for i, collect in self._gathering(range(len(self.stages))):
-            states.append(self._apply(i, collect()[0], states[-1]))
+            with self._masks(i):
+                states.append(self.passes.value(self.stages[i], collect()[0], states[-1]))
         if self.keep_states:
             self._states = states
         return states
@@ -115,7 +85,8 @@ class StagedFunction:
             return self.states()[-1][0]
         state: State = ()
         for i, collect in self._gathering(range(len(self.stages))):
-            state = self._apply(i, collect()[0], state)
+            with self._masks(i):
+                state = self.passes.value(self.stages[i], collect()[0], state)
         return state[0]
 
     def tangent(self, v: Tree) -> Tensor:
@@ -127,7 +98,10 @@ class StagedFunction:
         states: list[State] = [()]
         tangents: list[State] = [()]
         for i, collect in self._gathering(range(len(self.stages)), v):
-            state, tangent = self._stage_tangent(i, *collect(), states[i], tangents[i])
+            with self._masks(i):
+                state, tangent = self.passes.tangent(
+                    self.stages[i], *collect(), states[i], tangents[i]
+                )
             states.append(state)
             tangents.append(tangent)
         return states, tangents
@@ -154,7 +128,10 @@ class StagedFunction:
         adjoints: list[State] = []
         for i, collect in self._gathering(reversed(range(len(self.stages)))):
             adjoints.append(adjoint)
-            of_theta, adjoint = self._stage_pull_back(i, collect()[0], states[i], adjoint)
+            with self._masks(i):
+                of_theta, adjoint = self.passes.pull_back(
+                    self.stages[i], collect()[0], states[i], adjoint
+                )
             gradient.add(of_theta)
             if extra is not None:
                 both = zip(adjoint, extra.pop(), strict=True)
@@ -176,9 +153,10 @@ class StagedFunction:
         of_states: list[PartialState] = []
         states = self.states()
         for i, collect in self._gathering(range(len(self.stages)), v):
-            of_theta, of_state, tangent = self._stage_forward(
-                i, *collect(), states[i], tangent, adjoints[i]
-            )
+            with self._masks(i):
+                of_theta, of_state, tangent = self.passes.forward(
+                    self.stages[i], *collect(), states[i], tangent, adjoints[i]
+                )
             product.add(of_theta)
             of_states.append(of_state)
         return tangent[0], product, of_states
@@ -196,85 +174,22 @@ class StagedFunction:
         adjoint: State = (z_bar,)
         adjoint_dot: State = (z_bar_dot,)
         for i, collect in self._gathering(reversed(range(len(self.stages))), v):
-            of_theta, adjoint, adjoint_dot = self._stage_backward(
-                i, *collect(), states[i], tangents[i], adjoint, adjoint_dot
-            )
+            with self._masks(i):
+                of_theta, adjoint, adjoint_dot = self.passes.backward(
+                    self.stages[i], *collect(), states[i], tangents[i], adjoint, adjoint_dot
+                )
             product.add(of_theta)
         return product.finish(self.theta)
 
-    # -- one stage; its graph is freed when it returns, before anything is sent or gathered -------
-
-    def _stage_tangent(
-        self, i: int, p: Tree, v: Tree, s: State, s_dot: State
-    ) -> tuple[State, State]:
-        p, s = as_leaves(p), _leaves(s)
-        f = self._apply(i, p, s)
-        a = tuple(torch.zeros_like(x).requires_grad_() for x in f)
-        k = self._first(p, s, f, a)
-        tangent = self._second(i, k, (*v.values(), *s_dot), a)
-        return _constants(f), _materialised(tangent, a)
-
-    def _stage_pull_back(self, i: int, p: Tree, s: State, a: State) -> tuple[Tree, State]:
-        p, s = as_leaves(p), _leaves(s)
-        theta = self._trained(p)
-        grads = _grad(self._apply(i, p, s), [*theta.values(), *s], a)
-        return self._split(theta, _materialised(grads, [*theta.values(), *s]))
-
-    def _stage_forward(
-        self, i: int, p: Tree, v: Tree, s: State, s_dot: State, a: State
-    ) -> tuple[Tree, PartialState, State]:
-        p, s, a = as_leaves(p), _leaves(s), _leaves(a)
-        k = self._first(p, s, self._apply(i, p, s), a)
-        theta = self._trained(p)
-        grads = self._second(i, k, (*v.values(), *s_dot), [*theta.values(), *s, *a])
-        end = len(theta) + len(s)
-        of_theta, _ = self._split(theta, _materialised(grads[: len(theta)], theta.values()))
-        return of_theta, grads[len(theta) : end], _materialised(grads[end:], a)
-
-    def _stage_backward(
-        self, i: int, p: Tree, v: Tree, s: State, s_dot: State, a: State, a_dot: State
-    ) -> tuple[Tree, State, State]:
-        p, s = as_leaves(p), _leaves(s)
-        f = self._apply(i, p, s)
-        theta = self._trained(p)
-        k = self._first(p, s, f, a)
-        inputs = [*theta.values(), *s]
-        grads = self._second(i, (*k, *f), (*v.values(), *s_dot, *a_dot), inputs)
-        of_theta, dot = self._split(theta, _materialised(grads, inputs))
-        return of_theta, _constants(k[len(theta) :]), dot
-
-    def _first(self, p: Tree, s: State, f: State, a: State) -> State:
-        """Return grad_p k and grad_s k with their graph."""
-        inputs = [*self._trained(p).values(), *s]
-        return _materialised(_grad(f, inputs, a, create_graph=True), inputs)
-
-    def _second(
-        self, i: int, outputs: State, cotangents: State, inputs: Sequence[Tensor]
-    ) -> PartialState:
-        try:
-            return _grad(outputs, inputs, cotangents)
-        except RuntimeError as error:
-            if not re.search("not implemented|differentiable", str(error)):
-                raise
-            raise StageError(
-                f"stage {self.stages[i].name}: expected layers that can be differentiated twice, "
-                f"found: {error}; write the layer in plain operations, or disable its fused kernel"
-            ) from error
-
-    @staticmethod
-    def _split(theta: Tree, grads: State) -> tuple[Tree, State]:
-        return dict(zip(theta, grads, strict=False)), grads[len(theta) :]
-
-    def _trained(self, p: Tree) -> Tree:
-        return {k: v for k, v in p.items() if k not in self._frozen}
-
-    def _apply(self, i: int, p: Tree, s: State) -> State:
-        stage = self.stages[i]
+    @contextlib.contextmanager
+    def _masks(self, i: int) -> Iterator[None]:
+        """Draw what the first pass through a stage drew; recorded when that pass is this one."""
         if len(self._random) <= i:
             self._random.append(_random_state(self._device))
-            return stage.apply(p, s)
-        with _replayed(self._random[i], self._device):
-            return stage.apply(p, s)
+            yield
+        else:
+            with _replayed(self._random[i], self._device):
+                yield
 
     @property
     def _device(self) -> torch.device:
@@ -299,7 +214,7 @@ class StagedFunction:
     def _start(self, i: int, v: Tree | None) -> Collect:
         keys = self.stages[i].keys
         own = {key: self.parameters[key] for key in keys}
-        direction = {} if v is None else {key: v[key] for key in keys if key not in self._frozen}
+        direction = {} if v is None else {key: v[key] for key in keys if key not in self.frozen}
         wait = self.layout.gather([own, direction])
 
         def collect() -> tuple[Tree, Tree]:
@@ -330,35 +245,6 @@ class Gradient:
     def finish(self, like: Tree) -> Tree:
         """Return the sums in the order of a tree."""
         return {key: self._sum[key] for key in like}
-
-
-def _grad(
-    outputs: State, inputs: Sequence[Tensor], cotangents: State, *, create_graph: bool = False
-) -> PartialState:
-    """Return the pull-back of cotangents, None where nothing depends."""
-    live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    if not live or not inputs:
-        return tuple(None for _ in inputs)
-    return torch.autograd.grad(
-        [o for o, _ in live],
-        list(inputs),
-        [c for _, c in live],
-        create_graph=create_graph,
-        allow_unused=True,
-    )
-
-
-def _materialised(grads: PartialState, inputs: Iterable[Tensor]) -> State:
-    both = zip(grads, inputs, strict=True)
-    return tuple(torch.zeros_like(x) if g is None else g for g, x in both)
-
-
-def _constants(state: State) -> State:
-    return tuple(x.detach() for x in state)
-
-
-def _leaves(state: State) -> State:
-    return tuple(x.detach().requires_grad_() for x in state)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

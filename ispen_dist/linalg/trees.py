@@ -37,6 +37,11 @@ def scaled(x: Tree, scale: float | Tensor) -> Tree:
     return dict(zip(x, torch._foreach_mul(list(x.values()), scale), strict=True))
 
 
+def copied(x: Tree) -> Tree:
+    """Return a tree of copies that lie in memory as `x` does."""
+    return {key: value.detach().clone() for key, value in x.items()}
+
+
 def zeros_like(x: Tree) -> Tree:
     """Return a tree of zeros with the keys, shapes, types and devices of `x`."""
     return {key: torch.zeros_like(value) for key, value in x.items()}

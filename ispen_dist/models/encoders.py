@@ -1,8 +1,8 @@
 """From hashed token features to contextual vectors: embedding, BiLSTM, transformer.
 
 Everything here can be differentiated by reverse over reverse, on CPU, to any order: embeddings are
-gathered (EmbeddingBag has no second derivative), attention is written out (the fused kernels have
-none) with a finite mask bias, so that no gradient of an infinity becomes NaN. On a GPU the second
+gathered (EmbeddingBag has no second derivative), attention is `ops.attention` (PyTorch's fused kernels
+have none) with a finite mask bias, so that no gradient of an infinity becomes NaN. On a GPU the second
 derivative of `nn.LSTM` needs `torch.backends.cudnn.flags(enabled=False)` around the call.
 
 Dropout reads the global random state of PyTorch: the same seed before a call gives the same masks.
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from ispen_dist.models.dropout import Dropout
 from ispen_dist.models.stages import Inputs, Part, State
+from ispen_dist.ops import attention
 
 # Large enough that exp underflows to zero in float32 beside any plausible score, and finite.
 MASKED_SCORE = -1e4
@@ -39,7 +41,7 @@ class TokenEmbedding(nn.Module):
     def __init__(self, num_buckets: int, embedding_size: int, feature_dropout: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(num_buckets, embedding_size) * 0.1)
-        self.feature_dropout = nn.Dropout(feature_dropout)
+        self.feature_dropout = Dropout(feature_dropout)
         with torch.no_grad():
             self.weight[0] = 0.0
 
@@ -105,7 +107,7 @@ class BiLSTMEncoder(Encoder):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head softmax self-attention, written out so that it has derivatives of any order.
+    """Multi-head softmax self-attention that can be differentiated twice, see `ops.attention`.
 
     Args:
         width: D.
@@ -123,14 +125,14 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, x_BTD: Tensor, bias_B11T: Tensor) -> Tensor:
-        """Attend among tokens; `bias` is added to the scores: (B, T, D)."""
+    def forward(self, x_BTD: Tensor, bias_BT: Tensor) -> Tensor:
+        """Attend among tokens; the bias of a key is added to its scores: (B, T, D)."""
         heads = self.qkv(x_BTD).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = heads.transpose(1, 3).unbind(2)
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias_B11T
-        mixed = self.dropout(torch.softmax(scores, dim=-1)) @ v
+        drops = self.training and self.dropout.p > 0.0
+        mixed = attention(q, k, v, bias_BT, self.dropout if drops else None)
         return self.out(mixed.transpose(1, 2).flatten(-2))
 
 
@@ -149,20 +151,20 @@ class TransformerBlock(nn.Module):
         self.attention = SelfAttention(width, num_heads, dropout)
         self.feedforward_norm = nn.LayerNorm(width)
         self.feedforward = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
+            nn.Linear(width, 4 * width), nn.GELU(), Dropout(dropout), nn.Linear(4 * width, width)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, h_BTD: Tensor, bias_B11T: Tensor) -> Tensor:
+    def forward(self, h_BTD: Tensor, bias_BT: Tensor) -> Tensor:
         """Return the next hidden state (B, T, D)."""
-        attended = self.attention(self.attention_norm(h_BTD), bias_B11T)
+        attended = self.attention(self.attention_norm(h_BTD), bias_BT)
         h_BTD = h_BTD + self.dropout(attended)
         return h_BTD + self.dropout(self.feedforward(self.feedforward_norm(h_BTD)))
 
 
 def mask_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the attention bias (B, 1, 1, T): 0 at tokens, a large negative number at padding."""
-    return (~mask_BT).to(dtype)[:, None, None, :] * MASKED_SCORE
+    """Return the attention bias (B, T): 0 at tokens, a large negative number at padding."""
+    return (~mask_BT).to(dtype) * MASKED_SCORE
 
 
 def sinusoidal_positions(num_positions: int, width: int, like: Tensor) -> Tensor:
@@ -177,6 +179,11 @@ def window(x_BTD: Tensor) -> Tensor:
     """Return each token beside its two neighbours, zeros beyond the ends: (B, T, 3 D)."""
     padded = F.pad(x_BTD, (0, 0, 1, 1))
     return torch.cat([padded[:, :-2], x_BTD, padded[:, 2:]], dim=-1)
+
+
+def _run_block(block: nn.Module, inputs: Inputs, h_BTD: Tensor) -> State:
+    # Not a method: it would hold the whole encoder, and no two blocks would be alike.
+    return (block(h_BTD, mask_bias(inputs["mask"], h_BTD.dtype)),)
 
 
 class TransformerEncoder(Encoder):
@@ -210,7 +217,7 @@ class TransformerEncoder(Encoder):
     def parts(self) -> list[Part]:
         """Return the projection, every block, and the final norm."""
         blocks = (
-            Part(f"blocks.{i}", partial(self._block, block), [block])
+            Part(f"blocks.{i}", partial(_run_block, block), [block])
             for i, block in enumerate(self.blocks)
         )
         return [
@@ -222,9 +229,6 @@ class TransformerEncoder(Encoder):
     def _embed(self, inputs: Inputs, x_BTD: Tensor) -> State:
         h_BTD = self.project(window(x_BTD))
         return (h_BTD + sinusoidal_positions(h_BTD.shape[1], h_BTD.shape[2], h_BTD),)
-
-    def _block(self, block: nn.Module, inputs: Inputs, h_BTD: Tensor) -> State:
-        return (block(h_BTD, mask_bias(inputs["mask"], h_BTD.dtype)),)
 
     def _normalise(self, inputs: Inputs, h_BTD: Tensor) -> State:
         return (self.final_norm(h_BTD),)

@@ -4,7 +4,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from ispen_dist.models.dropout import Dropout
 from ispen_dist.models.stages import Inputs, Part, StagedNetwork, State
+from ispen_dist.ops import constant_linear
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -12,6 +14,14 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "softplus": nn.Softplus,
     "tanh": nn.Tanh,
 }
+
+
+class InputLinear(nn.Linear):
+    """A linear layer on data, which may be mostly zero, see `ops.constant_linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, D) to (B, H)."""
+        return constant_linear(x, self.weight, self.bias)
 
 
 class MLP(StagedNetwork):
@@ -42,16 +52,12 @@ class MLP(StagedNetwork):
         feature_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Dropout(feature_dropout)]
-        width = num_features
-        for _ in range(num_layers):
-            layers += [
-                nn.Linear(width, hidden_size),
-                ACTIVATIONS[activation](),
-                nn.Dropout(dropout),
-            ]
-            width = hidden_size
-        self.layers = nn.Sequential(*layers, nn.Linear(width, num_labels))
+        layers: list[nn.Module] = [Dropout(feature_dropout)]
+        first = InputLinear(num_features, hidden_size)
+        for i in range(num_layers):
+            linear = nn.Linear(hidden_size, hidden_size) if i else first
+            layers += [linear, ACTIVATIONS[activation](), Dropout(dropout)]
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden_size, num_labels))
 
     def parts(self) -> list[Part]:
         """Return one stage per linear layer, with what comes before the next one.

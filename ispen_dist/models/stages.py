@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ispen_dist.linalg.staged import Stage, StageError
+from ispen_dist.linalg.stages import Stage, StageError
 from ispen_dist.linalg.trees import Tree
+from ispen_dist.models.structure import structure
 
 Inputs = Mapping[str, Tensor]
 State = tuple[Tensor, ...]
@@ -96,12 +97,13 @@ def stages_at(network: nn.Module, inputs: Inputs, training: bool) -> list[Stage]
     def stage_of(part: Part) -> Stage:
         local = {key: names[id(p)] for key, p in part.named_parameters()}
 
-        def apply(parameters: Tree, state: State) -> State:
+        def function(parameters: Tree, inputs: Inputs, state: State) -> State:
             if network.training != training:
                 network.train(training)
             own = {key: parameters[name] for key, name in local.items()}
             return functional_call(part, own, (inputs, *state))
 
-        return Stage(part.name, tuple(local.values()), apply)
+        signature = (structure((part.function, part.reads)), training)
+        return Stage(part.name, tuple(local.values()), function, inputs, signature)
 
     return [stage_of(part) for part in parts_of(network)]

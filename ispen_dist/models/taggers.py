@@ -5,11 +5,19 @@ Used as inference networks A_theta and as the local potentials of an energy. Inp
 (B, T, K), finite and of no meaning at padding.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
+from ispen_dist.models.dropout import Dropout
 from ispen_dist.models.encoders import BiLSTMEncoder, Encoder, TokenEmbedding, TransformerEncoder
 from ispen_dist.models.stages import Inputs, Part, StagedNetwork, State
+
+
+def _beside(function: Callable[..., State], inputs: Inputs, x_BTD: Tensor, h_BTD: Tensor) -> State:
+    return x_BTD, *function(inputs, h_BTD)
 
 
 class _Tagger(StagedNetwork):
@@ -21,7 +29,7 @@ class _Tagger(StagedNetwork):
         super().__init__()
         self.embedding = embedding
         self.encoder = encoder
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.output = nn.Linear(*sizes)
 
     def parts(self) -> list[Part]:
@@ -40,10 +48,7 @@ class _Tagger(StagedNetwork):
         return x_BTD, x_BTD
 
     def _around(self, part: Part) -> Part:
-        def run(inputs: Inputs, x_BTD: Tensor, h_BTD: Tensor) -> State:
-            return x_BTD, *part.function(inputs, h_BTD)
-
-        return Part(f"encoder.{part.name}", run, list(part.reads))
+        return Part(f"encoder.{part.name}", partial(_beside, part.function), list(part.reads))
 
     def _score(self, inputs: Inputs, x_BTD: Tensor, h_BTD: Tensor) -> State:
         return (self.output(torch.cat([self.dropout(h_BTD), x_BTD], dim=-1)),)

@@ -1,0 +1,85 @@
+"""Compiled functions by key: each is traced and compiled once for its shapes, never per solve."""
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+Compiled = Callable[..., Sequence[Tensor]]
+Built = TypeVar("Built")
+
+BACKENDS = ("inductor", "trace")
+"""`inductor` generates code; `trace` runs the traced graph operation by operation, to test graphs
+and splits without waiting for code."""
+
+
+@dataclass
+class Compiler:
+    """Builds compiled functions and remembers them.
+
+    Attributes:
+        backend: one of `BACKENDS`.
+        report: is told of every function that is compiled, in a line.
+        names: of the functions compiled so far.
+        seconds: spent on tracing and compiling.
+    """
+
+    backend: str = "inductor"
+    report: Callable[[str], None] | None = None
+    names: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    _built: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, build: Callable[[], Built]) -> Built:
+        """Return what `build` returned for the key the first time."""
+        if key not in self._built:
+            begin = time.perf_counter()
+            self._built[key] = build()
+            self.seconds += time.perf_counter() - begin
+        return self._built[key]
+
+    def compile(self, module: fx.GraphModule, name: str) -> Compiled:
+        """Return a pure graph as a function; code is generated at its first call.
+
+        Args:
+            module: with shapes that do not change.
+            name: for the report.
+        """
+        if self.backend == "trace":
+            self.names.append(name)
+            return module
+        return _FirstCall(self, torch.compile(module, fullgraph=True, dynamic=False), name)
+
+    def finished(self, name: str, seconds: float) -> None:
+        """Enter one compiled function."""
+        self.names.append(name)
+        self.seconds += seconds
+        if self.report is not None:
+            total = f"{len(self.names)} functions, {self.seconds:.0f} s"
+            self.report(f"compiled {name} in {seconds:.1f} s ({total})")
+
+
+class _FirstCall:
+    """A function that enters its first call, in which its code is generated."""
+
+    def __init__(self, compiler: Compiler, function: Compiled, name: str) -> None:
+        self._compiler, self._function, self._name = compiler, function, name
+        self._is_first = True
+
+    def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
+        with torch.no_grad():
+            if not self._is_first:
+                return self._function(*tensors)
+            begin = time.perf_counter()
+            result = self._function(*tensors)
+        self._is_first = False
+        self._compiler.finished(self._name, time.perf_counter() - begin)
+        return result
+
+
+def spec_of(tensors: Sequence[Tensor]) -> Hashable:
+    """Return what a compiled function depends on of its inputs."""
+    return tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in tensors)

@@ -1,0 +1,1 @@
+"""Triton kernels, each with its plain reference; imports torch and triton only."""
