@@ -1,6 +1,6 @@
 """Inner and outer loss as functions of both players' parameters, whole or in parts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -110,10 +110,17 @@ class Losses:
             dtype=dtype,
         )
 
-        def output_loss(logits: Tensor, psi: Tree) -> LossValue:
-            return self.inner_output(batch, logits, psi[POTENTIALS], psi)
+        def output_loss(logits: Tensor, psi: Tree, data: Mapping[str, Tensor]) -> LossValue:
+            return self.inner_output(Batch.of(data), logits, psi[POTENTIALS], psi)
 
-        return StagedLoss(model, output_loss, self._potentials(batch, dtype), "inner_loss")
+        return StagedLoss(
+            model,
+            output_loss,
+            self._potentials(batch, dtype),
+            "inner_loss",
+            batch.tensors(),
+            ("inner_loss", id(self)),
+        )
 
     def outer_staged(self, batch: Batch, generator: torch.Generator) -> StagedLoss:
         """Return L."""
@@ -123,10 +130,12 @@ class Losses:
             prefetch=self._config.solver.prefetch,
         )
 
-        def output_loss(logits: Tensor, psi: Tree) -> LossValue:
-            return self.outer_output(batch, logits, psi[POTENTIALS], psi, generator)
+        def output_loss(logits: Tensor, psi: Tree, data: Mapping[str, Tensor]) -> LossValue:
+            return self.outer_output(Batch.of(data), logits, psi[POTENTIALS], psi, generator)
 
-        return StagedLoss(model, output_loss, self._potentials(batch, None), "outer_loss")
+        return StagedLoss(
+            model, output_loss, self._potentials(batch, None), "outer_loss", batch.tensors()
+        )
 
     def _potentials(self, batch: Batch, dtype: torch.dtype | None) -> "EnergyPotentials":
         return EnergyPotentials(self._engines.energy, self._learned, batch, dtype)

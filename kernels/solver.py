@@ -247,16 +247,16 @@ def _upload(host: Tensor, device: torch.device) -> Tensor:
 # is a key because the copy is ordered on it.
 @lru_cache(maxsize=256)
 def _address_table(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    return _upload(torch.tensor(addresses, dtype=torch.int64), device)
+    return _upload(torch.tensor(addresses, dtype=torch.int64, device="cpu"), device)
 
 
 @lru_cache(maxsize=32)
 def _chunk_map(sizes: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    size = torch.tensor(sizes, dtype=torch.int64)
+    size = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     num_chunks = (size + CHUNK - 1) // CHUNK
     tensor = torch.repeat_interleave(num_chunks)
     first = (num_chunks.cumsum(0) - num_chunks)[tensor]
-    start = (torch.arange(len(tensor)) - first) * CHUNK
+    start = (torch.arange(len(tensor), device="cpu") - first) * CHUNK
     count = (size[tensor] - start).clamp(max=CHUNK)
     return _upload(torch.stack([tensor, start, count], dim=1).contiguous(), device)
 

@@ -229,14 +229,14 @@ def _build(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Problem:
-    # Values are drawn in float32 on the CPU and then converted, so they depend on neither.
+    # Values are made in float32 and then widened, so that both types see the same problem.
     players = build_players(config, codec, device)
-    players.inference_net.to(dtype)
-    players.energy.to(dtype)
     phi = {
-        k: v.detach() + 0.1 * torch.randn(v.shape, generator=draw).to(v)
+        k: (v.detach() + 0.1 * torch.randn(v.shape, generator=draw).to(device)).to(dtype)
         for k, v in players.phi.items()
     }
+    players.inference_net.to(dtype)
+    players.energy.to(dtype)
     theta = trees.detached(players.theta)
     return Problem(name, players, batch.to(device, dtype), theta, phi, damping)
 
@@ -245,8 +245,11 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "bibtex": build_bibtex,
     "transformer": build_transformer,
 }
-"""Builders `(device, dtype, sizes) -> Problem` by name. The dampings make `H + damping I` positive
-definite along 20 steps of conjugate gradients, so that no peer is judged on an indefinite system."""
+"""Builders `(device, dtype, sizes) -> Problem` by name.
+
+The dampings make `H + damping I` positive definite along 20 steps of conjugate gradients, so that
+no system is judged where conjugate gradients do not apply.
+"""
 
 
 def build_problem(

@@ -22,7 +22,7 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def solves(engine: Engine, session: Session) -> dict[str, Callable[[], Solution]
     count = torch.tensor(float(BATCH), device=session.device)
     layout, solver = engine.layout, CG(2, 0.0)
 
-    def likelihood(z: Tensor, psi: Tree) -> tuple[Tensor, Tensor]:
+    def likelihood(z: Tensor, psi: Tree, data: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return F.cross_entropy(z.flatten(0, 1), target, reduction="sum"), count
 
     def staged(curvature: str, memory: str, prefetch: bool) -> Solution:

@@ -18,7 +18,7 @@ turn" adds both, "overlapped" hides all gathers behind arithmetic or the other w
 import argparse
 import csv
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,7 +164,7 @@ def staged_loss(
         "mask": torch.ones(batch, dtype=torch.bool, device=device),
     }
 
-    def output_loss(z: Tensor, psi: Tree) -> tuple[Tensor, Tensor]:
+    def output_loss(z: Tensor, psi: Tree, data: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         total = -torch.log_softmax(z, -1)[..., 0].sum()
         return total, torch.full_like(total, batch[0]).detach()
 

@@ -122,11 +122,13 @@ def check(p: Problem) -> None:
     ours, eager = by_operators(p), by_reference(p)
     exact = by_reference(p.mapped(torch.Tensor.double))
     for name, truth in exact.items():
-        if p.o_bar.dtype == torch.float64:
-            assert largest(ours[name] - truth) <= 1e-12 * largest(truth), name
-            continue
+        # With one key some derivatives vanish: products over the head that cancel, of size sqrt(H).
+        size = largest(truth) if largest(truth) > 1e-9 else truth.shape[-1] ** 0.5
         error, allowed = (largest(x[name].double() - truth) for x in (ours, eager))
-        floor = FLOOR_IN_EPS * torch.finfo(p.o_bar.dtype).eps * largest(truth)
+        if p.o_bar.dtype == torch.float64:
+            assert error <= 1e-12 * size, name
+            continue
+        floor = FLOOR_IN_EPS * torch.finfo(p.o_bar.dtype).eps * size
         assert error <= 2 * allowed + floor, (name, error, allowed, floor)
 
 
@@ -155,7 +157,7 @@ class TestOperators:
     def test_expanded_tensors(self):
         check(
             Problem((2, 2, 3, 5, 16), torch.float32).mapped(
-                lambda x: x[:1, :, :1].expand(2, 2, x.shape[2], 16)
+                lambda x: x[:1, :1].expand(2, 2, -1, -1)
             )
         )
 
@@ -274,6 +276,15 @@ def reverse_over_reverse(loss, point, dots):
     return torch.autograd.grad(inner(gradient, dots), point)
 
 
+def twice_reverse(loss, point, dots):
+    """Do the same by torch.func, which nests."""
+
+    def slope(*x):
+        return inner(torch.func.grad(loss, (0, 1, 2))(*x), dots)
+
+    return torch.func.grad(slope, (0, 1, 2))(*point)
+
+
 def forward_over_reverse(loss, point, dots):
     return torch.func.jvp(torch.func.grad(loss, (0, 1, 2)), point, dots)[1]
 
@@ -292,13 +303,23 @@ def reverse_over_forward(loss, point, dots):
     return torch.func.grad(lambda *x: torch.func.jvp(loss, x, dots)[1], (0, 1, 2))(*point)
 
 
-WAYS = [reverse_over_reverse, forward_over_reverse, forward_levels, reverse_over_forward]
+def named(way) -> str:
+    return way.__name__
+
+
+WAYS = [
+    reverse_over_reverse,
+    twice_reverse,
+    forward_over_reverse,
+    forward_levels,
+    reverse_over_forward,
+]
 PRECISION = dict(rtol=1e-12, atol=1e-12) if EXACT else dict(rtol=1e-4, atol=1e-5)
 BEST = torch.float64 if EXACT else torch.float32
 
 
 class TestDerivatives:
-    @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+    @pytest.mark.parametrize("way", WAYS, ids=named)
     def test_second_derivative(self, way):
         point, dots = second_problem(BEST)
         ours = way(loss_of(attention, BEST), point, dots)
@@ -327,10 +348,11 @@ class TestDerivatives:
 
             return loss
 
-        for way in (reverse_over_reverse,):
-            one = point[position : position + 1], dots[position : position + 1]
-            left, right = (way(of_one(f), *one) for f in (attention, attention_reference))
-            torch.testing.assert_close(left[0], right[0], **PRECISION)
+        one = point[position : position + 1], dots[position : position + 1]
+        left, right = (
+            reverse_over_reverse(of_one(f), *one) for f in (attention, attention_reference)
+        )
+        torch.testing.assert_close(left[0], right[0], **PRECISION)
 
     def test_curvature_is_symmetric(self):
         point, dots = second_problem(BEST)
@@ -342,9 +364,10 @@ class TestDerivatives:
 
     def test_trace_of_a_product_has_only_our_operators(self):
         point, dots = second_problem(BEST)
+        loss = loss_of(attention, BEST)
 
         def product(q, k, v, *dots):
-            return reverse_over_reverse(loss_of(attention, BEST), (q, k, v), dots)
+            return reverse_over_reverse(loss, (q, k, v), dots)
 
         graph = make_fx(product)(*point, *dots)
         targets = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
@@ -377,16 +400,32 @@ class TestDerivatives:
         tangent = torch.compile(lambda *x: torch.func.jvp(loss, x, dots)[1], backend="aot_eager")
         torch.testing.assert_close(tangent(*point), inner(truth, dots), **PRECISION)
 
-    @pytest.mark.parametrize("second", WAYS[:2], ids=lambda way: way.__name__)
-    def test_third_derivative_raises(self, second):
+    @pytest.mark.parametrize("third", ["forward", "reverse"])
+    @pytest.mark.parametrize(
+        "second", [twice_reverse, forward_over_reverse, reverse_over_forward], ids=named
+    )
+    def test_third_derivative_raises(self, second, third):
         point, dots = second_problem(BEST)
         loss = loss_of(attention, BEST)
+
+        def product(*x):
+            return tuple(second(loss, x, dots))
+
+        def differentiate():
+            if third == "forward":
+                return torch.func.jvp(product, point, dots)
+            return torch.func.vjp(product, *point)[1](tuple(dots))
+
         with pytest.raises(NotImplementedError, match="at most"):
-            torch.func.jvp(lambda *x: second(loss, x, dots)[0], point, dots)
+            differentiate()
+
+    def test_third_reverse_through_one_graph_raises(self):
+        point, dots = second_problem(BEST)
         leaves = [x.detach().requires_grad_() for x in point]
+        value = loss_of(attention, BEST)(*leaves)
+        gradient = torch.autograd.grad(value, leaves, create_graph=True)
+        product = torch.autograd.grad(inner(gradient, dots), leaves, create_graph=True)
         with pytest.raises(NotImplementedError, match="at most two derivatives"):
-            gradient = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
-            product = torch.autograd.grad(inner(gradient, dots), leaves, create_graph=True)
             torch.autograd.grad(inner(product, dots), leaves)
 
     def test_two_forward_modes_raise(self):

@@ -1,6 +1,6 @@
 """One batch of examples as tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,21 @@ class Batch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         inputs = {key: function(value) for key, value in self.inputs.items()}
         return Batch(inputs, function(self.target), function(self.weight), function(self.index))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name, for what takes tensors alone; `of` is the way back."""
+        inputs = {f"inputs.{key}": value for key, value in self.inputs.items()}
+        return {**inputs, "target": self.target, "weight": self.weight, "index": self.index}
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> "Batch":
+        """Return the batch with these `tensors`."""
+        inputs = {
+            key.removeprefix("inputs."): value
+            for key, value in tensors.items()
+            if key.startswith("inputs.")
+        }
+        return Batch(inputs, tensors["target"], tensors["weight"], tensors["index"])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         """Move to a device; floating-point tensors take the given type."""

@@ -51,7 +51,7 @@ class Compiler:
         if self.backend == "trace":
             self.names.append(name)
             return module
-        return _FirstCall(self, torch.compile(module, fullgraph=True, dynamic=False), name)
+        return _FirstCall(self, module, name)
 
     def finished(self, name: str, seconds: float) -> None:
         """Enter one compiled function."""
@@ -63,21 +63,22 @@ class Compiler:
 
 
 class _FirstCall:
-    """A function that enters its first call, in which its code is generated."""
+    """A graph whose code is generated at its first call, for the shapes and strides it finds."""
 
-    def __init__(self, compiler: Compiler, function: Compiled, name: str) -> None:
-        self._compiler, self._function, self._name = compiler, function, name
-        self._is_first = True
+    def __init__(self, compiler: Compiler, module: fx.GraphModule, name: str) -> None:
+        self._compiler, self._name = compiler, name
+        self._module = module
+        self._function: Compiled | None = None
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
         with torch.no_grad():
-            if not self._is_first:
-                return self._function(*tensors)
-            begin = time.perf_counter()
-            result = self._function(*tensors)
-        self._is_first = False
-        self._compiler.finished(self._name, time.perf_counter() - begin)
-        return result
+            if self._function is None:
+                begin = time.perf_counter()
+                # Not torch.compile: there is no Python to trace, and nothing to guard. A tensor
+                # of another shape or stride raises.
+                self._function = torch._inductor.compile(self._module, list(tensors))
+                self._compiler.finished(self._name, time.perf_counter() - begin)
+            return self._function(*tensors)
 
 
 def spec_of(tensors: Sequence[Tensor]) -> Hashable:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ispen_dist.graphs.compiler import Compiler
+from ispen_dist.graphs.output_graph import CompiledOutput
 from ispen_dist.graphs.stage_graphs import StagePoint, stage_graph
 from ispen_dist.linalg.reduction import sum_tree
 from ispen_dist.linalg.staged import StagedFunction
-from ispen_dist.linalg.staged_operators import StagedLoss
+from ispen_dist.linalg.staged_operators import AtOutput, StagedLoss
 from ispen_dist.linalg.stages import State
 from ispen_dist.linalg.trees import Tree
 
@@ -82,7 +83,11 @@ class CompiledOperator:
         self._reduction = loss.model.layout.reduction
         self._potentials = loss.potentials
         self._model = CompiledFunction(loss.model, compiler, curvature)
-        self._output = loss.at(self._model.z, create_graph=True)
+        self._output: AtOutput | CompiledOutput
+        if loss.signature is None:
+            self._output = loss.at(self._model.z, create_graph=True)
+        else:
+            self._output = CompiledOutput(loss, compiler, self._model.z)
         self.value = self._output.value
         self.gradient = sum_tree(self._model.pull_back(self._output.z_bar), self._reduction)
 

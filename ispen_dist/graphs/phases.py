@@ -72,6 +72,7 @@ def split(
         A `Phase` by number.
     """
     numbers = sorted(set(known) | set(wanted))
+    last_of_solve = max(n for n in numbers if n <= last_of_solve)
     nodes = [n for n in module.graph.nodes if n.op != "output"]
     outputs = list(module.graph.output_node().args[0])
     at = _phase_of_nodes(nodes, known, outputs, wanted, last_of_solve)

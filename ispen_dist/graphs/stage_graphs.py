@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ispen_dist.graphs.compiler import Compiled, Compiler, spec_of
 from ispen_dist.graphs.phases import Phase, split
-from ispen_dist.graphs.tracing import Draw, Traced, trace
+from ispen_dist.graphs.tracing import Draw, Traced, refusing_data_dependence, trace
 from ispen_dist.linalg.stages import Stage, State, grad, leaves, materialised
 from ispen_dist.linalg.trees import Tree
 
@@ -27,13 +28,13 @@ class StageGraph:
     Attributes:
         phases: by number.
         functions: by number.
-        inputs: names of the graph's own inputs, by the phase that first knows them.
+        inputs: names and strides of the graph's own inputs, by the phase that first knows them.
         draws: masks, which are inputs of the first phase too, after the others.
     """
 
     phases: dict[int, Phase]
     functions: dict[int, Compiled]
-    inputs: dict[int, tuple[str, ...]]
+    inputs: dict[int, tuple[tuple[str, tuple[int, ...]], ...]]
     draws: tuple[Draw, ...]
 
 
@@ -77,7 +78,8 @@ class StagePoint:
 
     def _run(self, number: int, known: dict[str, Tensor], fresh: State | list[Tensor]) -> State:
         phase = self._graph.phases[number]
-        known.update(zip(self._graph.inputs[number], fresh, strict=True))
+        for (name, stride), x in zip(self._graph.inputs.get(number, ()), fresh, strict=True):
+            known[name] = _as_traced(x, stride)
         results = self._graph.functions[number](*(known[name] for name in phase.reads))
         known.update(zip(phase.leaves, results[phase.num_results :], strict=True))
         return tuple(results[: phase.num_results])
@@ -86,6 +88,13 @@ class StagePoint:
         phases = (self._graph.phases[n] for n in numbers if n in self._graph.phases)
         read = {name for phase in phases for name in phase.reads}
         self._solve = {name: x for name, x in self._solve.items() if name in read}
+
+
+def _as_traced(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Return a tensor that lies in memory as the compiled code expects."""
+    if x.stride() == stride:
+        return x
+    return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
 
 
 # -- what is traced ------------------------------------------------------------------------------
@@ -189,12 +198,13 @@ def _build(
     num_state: int,
 ) -> StageGraph:
     num_p, num_inputs = len(stage.keys), len(stage.inputs)
-    f = value_shapes(stage, tensors[:num_p], tensors[num_p : num_p + num_inputs], num_state, tensors)
+    f, k = _shapes(stage, frozen, tensors, num_state)
     flat = _Flat(stage, frozen, num_state, len(f))
+    # A direction lies in memory as a gradient does: solver vectors are made of gradients.
     examples = [*tensors, *f]
     if kind != "gradient":
-        trained = [x for key, x in zip(stage.keys, tensors, strict=False) if key in flat.trained]
-        examples += [*trained, *tensors[num_p + num_inputs :], *f]
+        examples += [*k, *tensors[num_p + num_inputs :], *f]
+
     counts: list[int] = []
 
     def function(*inputs: Tensor) -> list[Tensor]:
@@ -209,19 +219,17 @@ def _build(
     return assemble(compiler, traced, known, wanted, f"{stage.name} {kind}")
 
 
-def value_shapes(
-    stage: Stage, p: list[Tensor], inputs: list[Tensor], num_state: int, tensors: list[Tensor]
-) -> list[Tensor]:
-    """Return tensors shaped like the next state, without memory."""
-    s = tensors[len(p) + len(inputs) :]
-
-    def value(*all_of_them: Tensor) -> list[Tensor]:
-        rest = iter(all_of_them)
-        own = dict(zip(stage.keys, rest, strict=False))
-        return list(stage.function(own, dict(zip(stage.inputs, rest, strict=False)), tuple(rest)))
-
-    traced = trace(value, [*p, *inputs, *s], f"stage {stage.name}")
-    return [n.meta["val"] for n in traced.module.graph.output_node().args[0]]
+def _shapes(
+    stage: Stage, frozen: frozenset[str], tensors: list[Tensor], num_state: int
+) -> tuple[State, State]:
+    """Return tensors without memory like the next state, and like the parameters' gradients."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(x.detach()) for x in tensors]
+    with mode, torch.enable_grad(), refusing_data_dependence(f"stage {stage.name}"):
+        flat = _Flat(stage, frozen, num_state, 0)
+        x, f = flat.apply(iter(fakes))
+        k = materialised(grad(f, x[: len(flat.trained)], f), x[: len(flat.trained)])
+    return f, k
 
 
 def assemble(
@@ -229,10 +237,18 @@ def assemble(
 ) -> StageGraph:
     """Split a traced graph into phases and hand each to the compiler."""
     phases = split(traced.module, known, wanted, GRADIENT)
-    names = [n.name for n in traced.module.graph.nodes if n.op == "placeholder"]
+    placeholders = [n for n in traced.module.graph.nodes if n.op == "placeholder"]
+    inputs = {
+        i: tuple(
+            (n.name, n.meta["val"].stride())
+            for n, k in zip(placeholders, known, strict=True)
+            if k == i
+        )
+        for i in set(known)
+    }
     return StageGraph(
         phases,
         {i: compiler.compile(phase.module, f"{name}, phase {i}") for i, phase in phases.items()},
-        {i: tuple(n for n, k in zip(names, known, strict=True) if k == i) for i in phases},
+        inputs,
         traced.draws,
     )

@@ -7,7 +7,8 @@ and draws nothing: dropout masks are lifted out and become inputs, so that a com
 the same masks as a plain one, in every pass of a solve.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,24 +70,30 @@ def trace(function: Function, inputs: Sequence[Tensor], name: str) -> Traced:
     # Each input is a tensor of its own here, even where the caller passes one twice: the tracer
     # tells inputs apart by identity.
     fakes = [mode.from_tensor(x.detach()) for x in inputs]
-    try:
-        with mode, torch.enable_grad():
-            raw = make_fx(function)(*fakes)
-        with mode, torch.no_grad():
-            pure = make_fx(
-                torch.func.functionalize(raw, remove="mutations"),
-                decomposition_table=core_aten_decompositions(),
-            )(*fakes)
-    except DataDependentOutputException as error:
-        raise StageError(
-            f"{name}: expected a function whose shapes do not depend on values, found {error.func}; "
-            "it cannot be compiled, set compile.inner=false and compile.curvature=false"
-        ) from error
+    with refusing_data_dependence(name), mode, torch.enable_grad():
+        raw = make_fx(function)(*fakes)
+    with mode, torch.no_grad():
+        pure = make_fx(
+            torch.func.functionalize(raw, remove="mutations"),
+            decomposition_table=core_aten_decompositions(),
+        )(*fakes)
     graph = without_repeats(pure.graph)
     draws = lift_draws(graph, name)
     graph.eliminate_dead_code()
     graph.lint()
     return Traced(fx.GraphModule(pure, graph), draws)
+
+
+@contextlib.contextmanager
+def refusing_data_dependence(name: str) -> Iterator[None]:
+    """Turn the tracer's complaint about values into an error that names the function."""
+    try:
+        yield
+    except DataDependentOutputException as error:
+        raise StageError(
+            f"{name}: expected a function whose shapes do not depend on values, found {error.func}; "
+            "it cannot be compiled, set compile.inner=false and compile.curvature=false"
+        ) from error
 
 
 def without_repeats(graph: fx.Graph) -> fx.Graph:

@@ -13,8 +13,8 @@ known adjoints contribute) and back once (an ordinary pull-back). Without, it go
 values and tangents and back with adjoints and theirs, and between products nothing is kept but z.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -46,22 +46,27 @@ class StagedLoss:
 
     Attributes:
         model: `theta -> z`.
-        output_loss: `(z, psi) -> (sum, count)` over the rank's examples.
+        output_loss: `(z, psi, data) -> (sum, count)` over the rank's examples.
         potentials: psi and the way back into phi.
         name: for messages.
+        data: tensors of the batch that the output loss reads.
+        signature: equal for losses whose output losses are the same function, so that they share
+            one compiled form; None where it must not be compiled, since it draws.
     """
 
     model: StagedFunction
-    output_loss: Callable[[Tensor, Tree], LossValue]
+    output_loss: Callable[[Tensor, Tree, Mapping[str, Tensor]], LossValue]
     potentials: Potentials
     name: str = "inner_loss"
+    data: Mapping[str, Tensor] = field(default_factory=dict)
+    signature: Hashable = None
 
     def at(self, z: Tensor, *, create_graph: bool) -> "AtOutput":
         """Evaluate at z with its gradient in z and psi."""
         leaves = {"z": z.detach().requires_grad_()} | as_leaves(self.potentials.psi)
         psi = {key: value for key, value in leaves.items() if key != "z"}
         reduction = self.model.layout.reduction
-        share = own_share(self.output_loss(leaves["z"], psi), reduction, self.name)
+        share = own_share(self.output_loss(leaves["z"], psi, self.data), reduction, self.name)
         return AtOutput(
             reduction.sum([share.detach()])[0],
             leaves,
