@@ -24,7 +24,6 @@ from ispen_dist.linalg.operators import (
     CurvatureOperator,
     Loss,
     build_operator,
-    damped,
     pull_back,
 )
 from ispen_dist.graphs.compiler import Compiler
@@ -197,7 +196,9 @@ def _through_solution(
 ) -> Hypergradient:
     """Solve, and insert the solution in the equation at the head of this file."""
     value, d_theta, explicit = outer
-    solution = solver.solve(damped(operator, damping), d_theta, vectors=vectors, start=start)
+    solution = solver.solve(
+        operator.matvec, d_theta, shift=damping, vectors=vectors, start=start
+    )
     implicit = {key: part.neg() for key, part in operator.mixed(solution.value).items()}
     return Hypergradient(explicit, implicit, solution, value, operator.value, operator.gradient)
 

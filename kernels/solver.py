@@ -51,10 +51,14 @@ def dots_reference(pairs: Sequence[tuple[Tensors, Tensors]]) -> Tensor:
     )
 
 
-def cg_update_reference(x: Tensors, r: Tensors, p: Tensors, Ap: Tensors, alpha: Tensor) -> Tensor:
+def cg_update_reference(
+    x: Tensors, r: Tensors, p: Tensors, Ap: Tensors, alpha: Tensor, shift: Tensor | None = None
+) -> Tensor:
     """See `cg_update_`."""
     for x_i, r_i, p_i, Ap_i in zip(x, r, p, Ap, strict=True):
         x_i.addcmul_(p_i, alpha.to(p_i.dtype))
+        if shift is not None:
+            Ap_i = torch.addcmul(Ap_i, p_i, shift.to(p_i.dtype))
         r_i.addcmul_(Ap_i, -alpha.to(Ap_i.dtype))
     return dots_reference([(r, r)])[0] if len(r) else alpha.new_zeros(())
 
@@ -112,10 +116,12 @@ def _dot_chunk(a, b, count, CHUNK: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def _cg_chunk(x, r, p, Ap, alpha, count, CHUNK: tl.constexpr, FULL: tl.constexpr):
+def _cg_chunk(x, r, p, Ap, alpha, shift, count, CHUNK: tl.constexpr, FULL: tl.constexpr):
     # Loads first: the compiler must not move one above a store that might be to the same place.
-    x_new = _load(x, count, CHUNK, FULL) + alpha * _load(p, count, CHUNK, FULL)
-    r_new = _load(r, count, CHUNK, FULL) - alpha * _load(Ap, count, CHUNK, FULL)
+    along = _load(p, count, CHUNK, FULL)
+    x_new = _load(x, count, CHUNK, FULL) + alpha * along
+    product = _load(Ap, count, CHUNK, FULL) + shift * along
+    r_new = _load(r, count, CHUNK, FULL) - alpha * product
     _store(x, x_new, count, CHUNK, FULL)
     _store(r, r_new, count, CHUNK, FULL)
     # Beyond the end, 0 - alpha * 0 is NaN where alpha is not finite, and then so is the sum.
@@ -162,19 +168,20 @@ def _dots_kernel(
 
 @triton.jit(do_not_specialize=["num_tensors"])
 def _cg_update_kernel(
-    addresses, chunks, partials, alpha_ptr, num_tensors,
+    addresses, chunks, partials, alpha_ptr, shift_ptr, num_tensors,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(chunks + 3 * tl.program_id(0) + 2)
     alpha = tl.load(alpha_ptr).to(DTYPE)
+    shift = tl.load(shift_ptr).to(DTYPE)
     x = _base(addresses, chunks, 0, num_tensors, DTYPE, ALIGNED, CHUNK)
     r = _base(addresses, chunks, 1, num_tensors, DTYPE, ALIGNED, CHUNK)
     p = _base(addresses, chunks, 2, num_tensors, DTYPE, ALIGNED, CHUNK)
     Ap = _base(addresses, chunks, 3, num_tensors, DTYPE, ALIGNED, CHUNK)
     if count == CHUNK:
-        part = _cg_chunk(x, r, p, Ap, alpha, count, CHUNK, True)
+        part = _cg_chunk(x, r, p, Ap, alpha, shift, count, CHUNK, True)
     else:
-        part = _cg_chunk(x, r, p, Ap, alpha, count, CHUNK, False)
+        part = _cg_chunk(x, r, p, Ap, alpha, shift, count, CHUNK, False)
     tl.store(partials + tl.program_id(0), part.to(tl.float64))
 
 
@@ -394,8 +401,10 @@ def dots(pairs: Sequence[tuple[Tensors, Tensors]]) -> Tensor:
         return _combine(partials, layout.like)
 
 
-def cg_update_(x: Tensors, r: Tensors, p: Tensors, Ap: Tensors, alpha: Tensor) -> Tensor:
-    """Step along `p` in place, `x += alpha p` and `r -= alpha Ap`, in one pass over memory.
+def cg_update_(
+    x: Tensors, r: Tensors, p: Tensors, Ap: Tensors, alpha: Tensor, shift: Tensor | None = None
+) -> Tensor:
+    """Step along `p` in place, `x += alpha p`, `r -= alpha (Ap + shift p)`, in one pass over memory.
 
     Args:
         x: iterate, contiguous, changed in place.
@@ -403,6 +412,7 @@ def cg_update_(x: Tensors, r: Tensors, p: Tensors, Ap: Tensors, alpha: Tensor) -
         p: direction.
         Ap: its product.
         alpha: step length, shape (); one that is not finite makes every result NaN or infinite.
+        shift: added to the diagonal of A, shape (); None is 0.
 
     Returns:
         `<r, r>` after the step, shape (), of the type of the trees. Differentiable to order 0.
@@ -411,14 +421,16 @@ def cg_update_(x: Tensors, r: Tensors, p: Tensors, Ap: Tensors, alpha: Tensor) -
         ValueError: where shapes, types, devices or strides do not fit.
         RuntimeError: where autograd would record the call.
     """
+    shift = alpha.new_zeros(()) if shift is None else shift
     _check_scalar("alpha", alpha, x)
+    _check_scalar("shift", shift, x)
     layout = _layout({"x": x, "r": r, "p": p, "Ap": Ap}, written=("x", "r"))
     if layout is None:
         return (x[0] if x else alpha).new_zeros(())
     partials = _partials(1, layout)
     with _on(layout.like.device):
         _cg_update_kernel[(len(layout.chunks),)](
-            layout.addresses, layout.chunks, partials, alpha, len(layout.keep[0]),
+            layout.addresses, layout.chunks, partials, alpha, shift, len(layout.keep[0]),
             **layout.constants,
         )  # fmt: skip
         return _combine(partials, layout.like)[0]

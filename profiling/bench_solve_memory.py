@@ -42,7 +42,7 @@ from ispen_dist import CG
 from ispen_dist.distributed import Session
 from ispen_dist.engine import Engine
 from ispen_dist.linalg.layout import norms
-from ispen_dist.linalg.operators import HessianOperator, damped
+from ispen_dist.linalg.operators import HessianOperator
 from ispen_dist.linalg.solution import Solution
 from ispen_dist.linalg.staged_operators import StagedLoss, build_staged_operator
 from ispen_dist.linalg.trees import Tree, add_scaled, num_elements
@@ -155,7 +155,9 @@ def solves(engine: Engine, session: Session) -> dict[str, Callable[[], Solution]
         keep = memory == "states"
         model = engine.staged(inputs, training=True, keep_states=keep, prefetch=prefetch)
         operator = build_staged_operator(curvature, StagedLoss(model, likelihood, _NoEnergy()))
-        return solver.solve(damped(operator, DAMPING), operator.gradient, vectors=layout.vectors())
+        return solver.solve(
+            operator.matvec, operator.gradient, shift=DAMPING, vectors=layout.vectors()
+        )
 
     def naive() -> Solution:
         whole = layout.gather([engine.parameters()])()[0]
@@ -173,7 +175,7 @@ def solves(engine: Engine, session: Session) -> dict[str, Callable[[], Solution]
 
         rhs = layout.reduce(operator.gradient)
         operator.gradient = {}
-        return solver.solve(lambda v: add_scaled(product(v), DAMPING, v), rhs, vectors=layout.vectors())
+        return solver.solve(product, rhs, shift=DAMPING, vectors=layout.vectors())
 
     def variant(name: str) -> Callable[[], Solution]:
         if name == "naive":

@@ -185,7 +185,8 @@ def stage_graph(
     """
     tensors = [*p.values(), *stage.inputs.values(), *s]
     which = tuple(key in frozen for key in stage.keys)
-    key = ("stage", kind, stage.signature or id(stage.function), which, spec_of(tensors))
+    function = stage.function if stage.signature is None else stage.signature()
+    key = ("stage", kind, function, which, spec_of(tensors))
     return compiler.once(key, lambda: _build(compiler, kind, stage, frozen, tensors, len(s)))
 
 

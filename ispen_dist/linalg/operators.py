@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ispen_dist.linalg.reduction import LossValue, OneProcess, Reduction, own_share, sum_tree
-from ispen_dist.linalg.trees import Tree, add_scaled, as_leaves, detached
+from ispen_dist.linalg.trees import Tree, as_leaves, detached
 from ispen_dist.linalg.vectors import Vectors
 
 Loss = Callable[[Tree, Tree], LossValue]
@@ -218,10 +218,3 @@ def symmetry_defect(
     pairs = [(u, Hv), (v, Hu), (u, u), (v, v), (Hu, Hu), (Hv, Hv)]
     uHv, vHu, uu, vv, HuHu, HvHv = (vectors or Vectors()).dots(pairs).unbind()
     return (uHv - vHu).abs() / ((HvHv * uu).sqrt() + (HuHu * vv).sqrt())
-
-
-def damped(operator: CurvatureOperator, damping: float) -> Callable[[Tree], Tree]:
-    """Return the product with `H + damping I`."""
-    if damping == 0.0:
-        return operator.matvec
-    return lambda v: add_scaled(operator.matvec(v), damping, v)

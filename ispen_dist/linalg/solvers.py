@@ -1,4 +1,4 @@
-"""Linear solvers for `A q = b` on trees, given only products with a symmetric `A`.
+"""Linear solvers for `A q = b` on trees, given only products with a symmetric `H`, A = H + shift I.
 
 A solver is a frozen dataclass of its settings with one method, `solve`. It sees a matrix-vector
 product, a right-hand side and an arithmetic of vectors; where these live (one process,
@@ -28,18 +28,32 @@ class Solver(Protocol):
     """The interface of every linear solver."""
 
     def solve(
-        self, matvec: MatVec, rhs: Tree, *, vectors: Vectors | None = None, start: Tree | None = None
+        self,
+        matvec: MatVec,
+        rhs: Tree,
+        *,
+        shift: float = 0.0,
+        vectors: Vectors | None = None,
+        start: Tree | None = None,
     ) -> Solution:
-        """Solve `A q = rhs`.
+        """Solve `A q = rhs` with `A = H + shift I`.
 
         Args:
-            matvec: returns `A v` for a tree `v` like `rhs`, identical on every rank.
+            matvec: returns `H v` for a tree `v` like `rhs`, identical on every rank.
             rhs: the right-hand side `b`.
+            shift: the damping, added to the diagonal of H.
             vectors: arithmetic of own parts, and sums over ranks; default plain, one process.
             start: initial guess, for instance the solution of the previous outer step; dropped
                 where zero is the better start.
         """
         ...
+
+
+def shifted(matvec: MatVec, shift: float) -> MatVec:
+    """Return the product with `H + shift I`."""
+    if shift == 0.0:
+        return matvec
+    return lambda v: add_scaled(matvec(v), shift, v)
 
 
 def _require_positive(owner: object, **values: float) -> None:
@@ -86,7 +100,8 @@ class CG:
 
     Departures from the textbook: (1) `p.Ap <= 0` ends the solve with the last good iterate, as
     Steihaug (1983) does, and is reported; (2) a warm start worse than zero is dropped; (3) the
-    scalars of an iteration are read by the host once, after its vector updates are queued.
+    scalars of an iteration are read by the host once, after its vector updates are queued; (4) the
+    shift enters the passes over vectors, which read p anyway, and not the product.
 
     Attributes:
         max_steps: limit on products with `A`.
@@ -102,26 +117,33 @@ class CG:
             raise ValueError(f"CG.rtol: expected a number in [0, 1), got {self.rtol}")
 
     def solve(
-        self, matvec: MatVec, rhs: Tree, *, vectors: Vectors | None = None, start: Tree | None = None
+        self,
+        matvec: MatVec,
+        rhs: Tree,
+        *,
+        shift: float = 0.0,
+        vectors: Vectors | None = None,
+        start: Tree | None = None,
     ) -> Solution:
         """See `Solver.solve`."""
-        vectors = vectors or Vectors()
-        begin = _begin(matvec, rhs, vectors, start)
+        vectors, A = vectors or Vectors(), shifted(matvec, shift)
+        begin = _begin(A, rhs, vectors, start)
         if begin.ended is not None:
             return begin.ended
         q, r, rr, bb = begin.q, begin.r, begin.rr, begin.bb
         p, history = copied(r), [math.sqrt(rr / bb)]
+        damping = next(iter(rhs.values())).new_tensor(shift)
 
         def end(status: Status) -> Solution:
             return Solution(q, status, len(history) - 1, history[-1], tuple(history))
 
         while history[-1] > self.rtol and len(history) <= self.max_steps:
-            Ap = matvec(p)
-            pAp_device = vectors.dots([(p, Ap)])[0]
+            Hp = matvec(p)
+            pAp_device = vectors.curvature(p, Hp, damping)
             # A step of zero where there must be none: q stays the last good iterate.
             alpha = torch.where(pAp_device > 0.0, rr / pAp_device, 0.0)
-            pAp, rr_next = _read(pAp_device, vectors.cg_update(q, r, p, Ap, alpha))
-            del Ap
+            pAp, rr_next = _read(pAp_device, vectors.cg_update(q, r, p, Hp, alpha, damping))
+            del Hp
             if not math.isfinite(pAp):
                 return end(Status.NOT_FINITE)
             if pAp <= 0.0:
@@ -161,11 +183,17 @@ class SingleReductionCG:
         CG(self.max_steps, self.rtol)
 
     def solve(
-        self, matvec: MatVec, rhs: Tree, *, vectors: Vectors | None = None, start: Tree | None = None
+        self,
+        matvec: MatVec,
+        rhs: Tree,
+        *,
+        shift: float = 0.0,
+        vectors: Vectors | None = None,
+        start: Tree | None = None,
     ) -> Solution:
         """See `Solver.solve`."""
-        vectors = vectors or Vectors()
-        begin = _begin(matvec, rhs, vectors, start)
+        vectors, A = vectors or Vectors(), shifted(matvec, shift)
+        begin = _begin(A, rhs, vectors, start)
         if begin.ended is not None:
             return begin.ended
         q, r, rr, bb = begin.q, begin.r, begin.rr, begin.bb
@@ -177,7 +205,7 @@ class SingleReductionCG:
             return Solution(q, status, len(history) - 1, history[-1], tuple(history))
 
         while history[-1] > self.rtol and len(history) <= self.max_steps:
-            Ar = matvec(r)
+            Ar = A(r)
             products = vectors.dots([(r, r), (r, Ar), (Ar, Ar), (Ar, s)])
             rr, rAr, ArAr, Ars = products.tolist()
             beta = rr / rr_old
@@ -227,18 +255,24 @@ class Neumann:
         _require_positive(self, max_steps=self.max_steps, scale=self.scale)
 
     def solve(
-        self, matvec: MatVec, rhs: Tree, *, vectors: Vectors | None = None, start: Tree | None = None
+        self,
+        matvec: MatVec,
+        rhs: Tree,
+        *,
+        shift: float = 0.0,
+        vectors: Vectors | None = None,
+        start: Tree | None = None,
     ) -> Solution:
         """See `Solver.solve`."""
-        vectors = vectors or Vectors()
-        begin = _begin(matvec, rhs, vectors, start)
+        vectors, A = vectors or Vectors(), shifted(matvec, shift)
+        begin = _begin(A, rhs, vectors, start)
         if begin.ended is not None:
             return begin.ended
         q, r, bb = begin.q, begin.r, begin.bb
         history = [math.sqrt(begin.rr / bb)]
         while history[-1] > self.rtol and len(history) <= self.max_steps:
             q = add_scaled(q, 1.0 / self.scale, r)
-            r = add_scaled(r, -1.0 / self.scale, matvec(r))
+            r = add_scaled(r, -1.0 / self.scale, A(r))
             rr = vectors.dots([(r, r)]).item()
             history.append(math.sqrt(rr / bb) if rr >= 0.0 else math.nan)
             if not math.isfinite(rr):
@@ -270,9 +304,15 @@ class Identity:
         _require_positive(self, scale=self.scale)
 
     def solve(
-        self, matvec: MatVec, rhs: Tree, *, vectors: Vectors | None = None, start: Tree | None = None
+        self,
+        matvec: MatVec,
+        rhs: Tree,
+        *,
+        shift: float = 0.0,
+        vectors: Vectors | None = None,
+        start: Tree | None = None,
     ) -> Solution:
-        """See `Solver.solve`; `matvec` and `start` are not used."""
+        """See `Solver.solve`; `matvec`, `shift` and `start` are not used."""
         bb = (vectors or Vectors()).dots([(rhs, rhs)]).item()
         if not math.isfinite(bb):
             return Solution(zeros_like(rhs), Status.NOT_FINITE, 0, math.nan)

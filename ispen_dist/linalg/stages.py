@@ -40,15 +40,16 @@ class Stage:
         keys: names of the parameters it reads, in the tree of the whole network.
         function: `(parameters, inputs, state) -> next state`, with whole tensors under `keys`.
         inputs: of the batch.
-        signature: equal for stages that are the same function of parameters, inputs and state but
-            for the names of their parameters, so that they share one compiled form.
+        signature: returns a value that is equal for stages that are the same function of
+            parameters, inputs and state but for the names of their parameters, so that they share
+            one compiled form; None where the function is like no other.
     """
 
     name: str
     keys: tuple[str, ...]
     function: Callable[[Tree, Mapping[str, Tensor], State], State]
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
-    signature: Hashable = None
+    signature: Callable[[], Hashable] | None = None
 
     def apply(self, parameters: Tree, state: State) -> State:
         """Return the next state."""

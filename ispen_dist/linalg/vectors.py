@@ -23,8 +23,14 @@ class Local(Protocol):
         """Return inner products, (n,)."""
         ...
 
-    def cg_update(self, q: Parts, r: Parts, p: Parts, Ap: Parts, alpha: Tensor) -> Tensor:
-        """Set q += alpha p and r -= alpha Ap in place, and return <r, r>, shape ()."""
+    def curvature(self, p: Parts, Hp: Parts, shift: Tensor) -> Tensor:
+        """Return <p, Hp + shift p>, shape ()."""
+        ...
+
+    def cg_update(
+        self, q: Parts, r: Parts, p: Parts, Hp: Parts, alpha: Tensor, shift: Tensor
+    ) -> Tensor:
+        """Set q += alpha p and r -= alpha (Hp + shift p) in place, and return <r, r>, shape ()."""
         ...
 
     def direction_update(self, p: Parts, r: Parts, beta: Tensor) -> None:
@@ -45,10 +51,17 @@ class PlainLocal:
         """See `Local.dots`."""
         return torch.stack([_dot(a, b) for a, b in pairs])
 
-    def cg_update(self, q: Parts, r: Parts, p: Parts, Ap: Parts, alpha: Tensor) -> Tensor:
+    def curvature(self, p: Parts, Hp: Parts, shift: Tensor) -> Tensor:
+        """See `Local.curvature`."""
+        return _dot(p, Hp) + shift * _dot(p, p)
+
+    def cg_update(
+        self, q: Parts, r: Parts, p: Parts, Hp: Parts, alpha: Tensor, shift: Tensor
+    ) -> Tensor:
         """See `Local.cg_update`."""
         _add_multiple(q, p, alpha)
-        _add_multiple(r, Ap, -alpha)
+        _add_multiple(r, Hp, -alpha)
+        _add_multiple(r, p, -alpha * shift)
         return _dot(r, r)
 
     def direction_update(self, p: Parts, r: Parts, beta: Tensor) -> None:
@@ -101,10 +114,15 @@ class Vectors:
         """Return inner products of pairs of trees over all ranks, (n,), in one reduction."""
         return self._reduce(self._local.dots([(_parts(a), _parts(b)) for a, b in pairs]))
 
-    def cg_update(self, q: Tree, r: Tree, p: Tree, Ap: Tree, alpha: Tensor) -> Tensor:
-        """Set q += alpha p and r -= alpha Ap in place, and return <r, r> over all ranks."""
-        rr = self._local.cg_update(*map(_parts, (q, r, p, Ap)), alpha)
-        return self._reduce(rr)
+    def curvature(self, p: Tree, Hp: Tree, shift: Tensor) -> Tensor:
+        """Return <p, Hp + shift p> over all ranks, shape ()."""
+        return self._reduce(self._local.curvature(_parts(p), _parts(Hp), shift))
+
+    def cg_update(
+        self, q: Tree, r: Tree, p: Tree, Hp: Tree, alpha: Tensor, shift: Tensor
+    ) -> Tensor:
+        """Set q += alpha p and r -= alpha (Hp + shift p); return <r, r> over all ranks."""
+        return self._reduce(self._local.cg_update(*map(_parts, (q, r, p, Hp)), alpha, shift))
 
     def direction_update(self, p: Tree, r: Tree, beta: Tensor) -> None:
         """Set p = r + beta p in place."""

@@ -7,7 +7,7 @@ stage passes on unchanged, such as the token features of a shortcut, stands in i
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -103,7 +103,9 @@ def stages_at(network: nn.Module, inputs: Inputs, training: bool) -> list[Stage]
             own = {key: parameters[name] for key, name in local.items()}
             return functional_call(part, own, (inputs, *state))
 
-        signature = (structure((part.function, part.reads)), training)
+        def signature() -> Hashable:
+            return structure((part.function, part.reads)), training
+
         return Stage(part.name, tuple(local.values()), function, inputs, signature)
 
     return [stage_of(part) for part in parts_of(network)]

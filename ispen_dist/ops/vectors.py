@@ -40,11 +40,18 @@ class KernelLocal:
 
         return solver.dots(pairs)
 
-    def cg_update(self, q: Parts, r: Parts, p: Parts, Ap: Parts, alpha: Tensor) -> Tensor:
+    def curvature(self, p: Parts, Hp: Parts, shift: Tensor) -> Tensor:
+        """See `Local.curvature`."""
+        pHp, pp = self.dots([(p, Hp), (p, p)]).unbind()
+        return pHp + shift * pp
+
+    def cg_update(
+        self, q: Parts, r: Parts, p: Parts, Hp: Parts, alpha: Tensor, shift: Tensor
+    ) -> Tensor:
         """See `Local.cg_update`."""
         from ispen_kernels import solver
 
-        return solver.cg_update_(q, r, p, Ap, alpha)
+        return solver.cg_update_(q, r, p, Hp, alpha, shift)
 
     def direction_update(self, p: Parts, r: Parts, beta: Tensor) -> None:
         """See `Local.direction_update`."""
@@ -72,15 +79,18 @@ class CompiledLocal:
         self._compiler = compiler
 
     def dots(self, pairs: Sequence[tuple[Parts, Parts]]) -> Tensor:
-        """See `Local.dots`."""
-        if len(pairs) > 1 or pairs[0][0] is pairs[0][1]:
-            return PlainLocal().dots(pairs)
-        a, b = pairs[0]
-        return self._run(_dot, [a, b], ())[0]
+        """See `Local.dots`; by the library, which reads each pair once."""
+        return PlainLocal().dots(pairs)
 
-    def cg_update(self, q: Parts, r: Parts, p: Parts, Ap: Parts, alpha: Tensor) -> Tensor:
+    def curvature(self, p: Parts, Hp: Parts, shift: Tensor) -> Tensor:
+        """See `Local.curvature`."""
+        return self._run(_curvature, [p, Hp], (shift,))[0]
+
+    def cg_update(
+        self, q: Parts, r: Parts, p: Parts, Hp: Parts, alpha: Tensor, shift: Tensor
+    ) -> Tensor:
         """See `Local.cg_update`."""
-        return self._run(_cg_update, [q, r, p, Ap], (alpha,))[0]
+        return self._run(_cg_update, [q, r, p, Hp], (alpha, shift))[0]
 
     def direction_update(self, p: Parts, r: Parts, beta: Tensor) -> None:
         """See `Local.direction_update`."""
@@ -110,14 +120,16 @@ class CompiledLocal:
         return self._compiler.once(key, build)(*tensors)
 
 
-def _dot(a: Parts, b: Parts) -> Parts:
-    return [_sum(x * y for x, y in zip(a, b, strict=True)).unsqueeze(0)]
+def _curvature(p: Parts, Hp: Parts, shift: Tensor) -> Parts:
+    return [_sum(p_i * (Hp_i + shift * p_i) for p_i, Hp_i in zip(p, Hp, strict=True))]
 
 
-def _cg_update(q: Parts, r: Parts, p: Parts, Ap: Parts, alpha: Tensor) -> Parts:
-    for q_i, r_i, p_i, Ap_i in zip(q, r, p, Ap, strict=True):
+def _cg_update(
+    q: Parts, r: Parts, p: Parts, Hp: Parts, alpha: Tensor, shift: Tensor
+) -> Parts:
+    for q_i, r_i, p_i, Hp_i in zip(q, r, p, Hp, strict=True):
         q_i.add_(alpha * p_i)
-        r_i.sub_(alpha * Ap_i)
+        r_i.sub_(alpha * (Hp_i + shift * p_i))
     return [_sum(x * x for x in r)]
 
 
