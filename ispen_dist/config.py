@@ -4,6 +4,7 @@ Defaults < YAML file < command line. A section checks its own fields when it is 
 checks what spans sections. Every message names the field to change.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -285,6 +286,38 @@ class SolverConfig:
 
 
 @dataclass(frozen=True)
+class CompileConfig:
+    """Compiled functions and kernels: the same numbers, faster."""
+
+    inner: bool = False
+    """Compile the inner step: forward, energy, backward and optimizer, one function for all steps
+    of a round. Not for a bilstm, whose shapes depend on lengths, nor under DeepSpeed and FSDP2."""
+    curvature: bool = False
+    """Compile the curvature, split by what is known when: what depends on the solve point alone is
+    computed once per solve. Not for a bilstm."""
+    kernels: Literal["auto", "reference", "always"] = "auto"
+    """Hand-written kernels: where they are the better choice, nowhere, or wherever they can run
+    (also in Triton's interpreter on a CPU, which is slow)."""
+    buckets: list[int] = field(default_factory=list)
+    """Numbers of tokens to which batches of sequences are padded, increasing, so that there are few
+    shapes to compile; longer batches are padded to multiples of the last. Empty: powers of two from
+    8 where something is compiled, and no padding otherwise."""
+
+    def __post_init__(self) -> None:
+        _check(
+            all(a < b for a, b in itertools.pairwise([0, *self.buckets])),
+            "compile.buckets",
+            "increasing positive numbers",
+            self.buckets,
+        )
+
+    @property
+    def any(self) -> bool:
+        """Whether something is compiled."""
+        return self.inner or self.curvature
+
+
+@dataclass(frozen=True)
 class OuterConfig:
     """The outer problem: the energy, on the loss of the network trained on it."""
 
@@ -385,6 +418,8 @@ class Config:
     """The outer problem."""
     solver: SolverConfig = field(default_factory=SolverConfig)
     """The linear solve between them."""
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    """Compiled functions and kernels."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, seed, records."""
 
@@ -393,6 +428,7 @@ class Config:
         networks = ("bilstm", "transformer") if tagging else ("mlp",)
         energy = "linear_chain" if tagging else "label_interaction"
         where = f"for data.task={self.data.task}"
+        inner = self.compile.inner
         for setting, network in (
             ("inference_net", self.inference_net),
             ("energy.features", self.energy.features),
@@ -404,6 +440,19 @@ class Config:
                 f"one of {', '.join(networks)} {where}",
                 network.name,
             )
+        if self.compile.any:
+            for setting, network in (
+                ("inference_net", self.inference_net),
+                ("energy.features", self.energy.features),
+            ):
+                _check(
+                    network.name != "bilstm" or (setting != "inference_net" and not inner),
+                    f"{setting}.name",
+                    "a network whose shapes do not depend on values, with compile."
+                    f"{'inner' if inner else 'curvature'}",
+                    network.name,
+                    "use transformer, or set compile.inner=false and compile.curvature=false",
+                )
         _check(self.energy.name == energy, "energy.name", f"{energy} {where}", self.energy.name)
         if self.train.method == "implicit":
             _check(

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ispen_dist.graphs.compiler import Compiler
+from ispen_dist.graphs.passes import CompiledPasses
 from ispen_dist.linalg.layout import Layout, Replicas
 from ispen_dist.linalg.reduction import Reduction
 from ispen_dist.linalg.staged import StagedFunction
@@ -140,6 +142,7 @@ class Engine(ABC):
         keep_states: bool = True,
         prefetch: bool = False,
         dtype: torch.dtype | None = None,
+        compiler: Compiler | None = None,
     ) -> StagedFunction:
         """Return the network, or a submodule, at given inputs as a function of own parts.
 
@@ -150,6 +153,7 @@ class Engine(ABC):
             keep_states: see `StagedFunction`.
             prefetch: see `StagedFunction`.
             dtype: another type for parameters than that of curvature.
+            compiler: of the passes through a stage; None runs them as they are.
         """
         prefix = f"{part}." if part else ""
         names = [n for n, _ in self.network.named_parameters() if n.startswith(prefix)]
@@ -157,11 +161,13 @@ class Engine(ABC):
             n.removeprefix(prefix): p if dtype is None else p.to(dtype)
             for n, p in self.parameters(names).items()
         }
+        frozen = frozenset(n.removeprefix(prefix) for n in self.frozen if n.startswith(prefix))
         return StagedFunction(
             stages_at(self.network.get_submodule(part), inputs, training),
             self.layout.of(prefix),
             own,
-            frozen=frozenset(n.removeprefix(prefix) for n in self.frozen if n.startswith(prefix)),
+            frozen=frozen,
+            passes=None if compiler is None else CompiledPasses(compiler, frozen),
             keep_states=keep_states,
             prefetch=prefetch,
         )

@@ -137,7 +137,8 @@ def hypergradient(
     reduction = reduction or OneProcess()
     outer = outer_gradients(outer_loss, theta, phi, reduction)
     operator = build_operator(curvature, inner_loss, theta, phi, reduction)
-    return _through_solution(outer, operator, solver, damping, Replicas(reduction).vectors(), start)
+    vectors = Replicas(reduction).vectors(local_vectors(outer[0].device))
+    return _through_solution(outer, operator, solver, damping, vectors, start)
 
 
 def staged_hypergradient(
@@ -173,7 +174,7 @@ def staged_hypergradient(
         outer = staged_outer_gradients(outer_loss)
         operator = build_staged_operator(curvature, inner_loss)
     layout = inner_loss.model.layout
-    vectors = layout.vectors(local_vectors(outer[0].device, compiler))
+    vectors = layout.vectors(local_vectors(outer[0].device))
     return _through_solution(outer, operator, solver, damping, vectors, start)
 
 

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from ispen_dist import objectives
 from ispen_dist.data.batch import Batch
 from ispen_dist.engine import Engine, Engines
+from ispen_dist.graphs.compiler import Compiler
 from ispen_dist.linalg import trees
 from ispen_dist.linalg.operators import ComposedLoss, Loss
 from ispen_dist.linalg.reduction import LossValue
@@ -98,9 +99,17 @@ class Losses:
     # -- staged ----------------------------------------------------------------------------------
 
     def inner_staged(
-        self, batch: Batch, *, training: bool = True, dtype: torch.dtype | None = None
+        self,
+        batch: Batch,
+        *,
+        training: bool = True,
+        dtype: torch.dtype | None = None,
+        compiler: Compiler | None = None,
     ) -> StagedLoss:
-        """Return G, in another type than the parameters have where one is given."""
+        """Return G, in another type than the parameters have where one is given.
+
+        With a compiler the passes through its stages are compiled, each by itself.
+        """
         config = self._config.solver
         model = self._engines.inference_net.staged(
             batch.inputs,
@@ -108,6 +117,7 @@ class Losses:
             keep_states=config.memory != "recompute",
             prefetch=config.prefetch,
             dtype=dtype,
+            compiler=compiler,
         )
 
         def output_loss(logits: Tensor, psi: Tree, data: Mapping[str, Tensor]) -> LossValue:
@@ -122,12 +132,15 @@ class Losses:
             ("inner_loss", id(self)),
         )
 
-    def outer_staged(self, batch: Batch, generator: torch.Generator) -> StagedLoss:
-        """Return L."""
+    def outer_staged(
+        self, batch: Batch, generator: torch.Generator, compiler: Compiler | None = None
+    ) -> StagedLoss:
+        """Return L; with a compiler as `inner_staged`."""
         model = self._engines.inference_net.staged(
             batch.inputs,
             training=self._config.outer.dropout,
             prefetch=self._config.solver.prefetch,
+            compiler=compiler,
         )
 
         def output_loss(logits: Tensor, psi: Tree, data: Mapping[str, Tensor]) -> LossValue:

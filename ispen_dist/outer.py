@@ -12,6 +12,8 @@ import torch
 from ispen_dist.config import Config, ConfigError, SolverConfig
 from ispen_dist.data.batch import Batch
 from ispen_dist.engine import Engines
+from ispen_dist.graphs.compiler import Compiler
+from ispen_dist.graphs.operators import CompiledOperator, compiled_outer_gradients
 from ispen_dist.implicit import (
     Hypergradient,
     hypergradient,
@@ -114,12 +116,14 @@ class OuterStep:
         engines: with their optimizers.
         rank: this process, for its samples and dropout masks.
         record: statuses, damping and warm start; part of the checkpoint.
+        compiler: of the curvature; None computes it as it is.
     """
 
     players: Players
     engines: Engines
     rank: int
     record: SolverRecord
+    compiler: Compiler | None = None
 
     def __post_init__(self) -> None:
         self._losses = Losses(self.players, self.engines)
@@ -157,13 +161,19 @@ class OuterStep:
 
     def _explicit_step(self, outer_batch: Batch, step: int) -> Mapping[str, float]:
         generator, losses = self._generator(outer_batch, step), self._losses
-        if self._keeps_graph:
-            loss = losses.outer_graph(outer_batch, generator)
+        if self._keeps_graph and self.compiler is not None:
+            loss = losses.outer_staged(outer_batch, generator)
+            value, _, explicit = compiled_outer_gradients(loss, self.compiler)
+        elif self._keeps_graph:
             value, _, explicit = outer_gradients(
-                loss, losses.theta(), losses.phi(), self._reduction
+                losses.outer_graph(outer_batch, generator),
+                losses.theta(),
+                losses.phi(),
+                self._reduction,
             )
         else:
-            value, _, explicit = staged_outer_gradients(losses.outer_staged(outer_batch, generator))
+            staged = losses.outer_staged(outer_batch, generator, self.compiler)
+            value, _, explicit = staged_outer_gradients(staged)
         norm = self._update(explicit, outer_batch)
         return {"outer_loss": value.item(), "explicit_norm": norm}
 
@@ -203,24 +213,13 @@ class OuterStep:
             SolveFailed: where the defect is large, as with a wrong second derivative.
             StageError: where a layer has no second derivative.
         """
-        seed, config = self._config.train.seed, self._config.solver
+        seed = self._config.train.seed
         layout = self.engines.inference_net.layout
         u, v = (random_parts(self._losses.theta(), layout, seed + i) for i in range(2))
         # First, since it names the stage whose layers cannot be differentiated twice.
         error = self._precision_error(inner_batch, v, layout)
         seed_step(seed, "probe", step, self.rank)
-        operator: CurvatureOperator
-        if self._keeps_graph:
-            operator = build_operator(
-                config.curvature,
-                self._losses.inner_graph(inner_batch),
-                self._losses.theta(),
-                self._losses.phi(),
-                self._reduction,
-            )
-        else:
-            staged = self._losses.inner_staged(inner_batch)
-            operator = build_staged_operator(config.curvature, staged)
+        operator = self._operator(inner_batch)
         defect = agreed(symmetry_defect(operator, u, v, layout.vectors()), self._reduction)
         if defect > MAX_SYMMETRY_DEFECT:
             raise SolveFailed(
@@ -228,6 +227,17 @@ class OuterStep:
                 f"(limit {MAX_SYMMETRY_DEFECT:g}); a layer's second derivative is wrong or missing"
             )
         return {"symmetry_defect": defect, "precision_error": error}
+
+    def _operator(self, batch: Batch) -> CurvatureOperator:
+        """Return the curvature as a solve builds it."""
+        curvature, losses = self._config.solver.curvature, self._losses
+        if not self._keeps_graph:
+            staged = losses.inner_staged(batch, compiler=self.compiler)
+            return build_staged_operator(curvature, staged)
+        if self.compiler is not None:
+            return CompiledOperator(losses.inner_staged(batch), self.compiler, curvature)
+        graph = losses.inner_graph(batch)
+        return build_operator(curvature, graph, losses.theta(), losses.phi(), self._reduction)
 
     def _precision_error(self, batch: Batch, v: Tree, layout: Layout) -> float:
         """Compare one product, without dropout, on the rank's first examples with float64."""
@@ -253,9 +263,14 @@ class OuterStep:
             "curvature": config.curvature,
             "start": self.record.start if config.warm_start else None,
         }
-        if not self._keeps_graph:
-            outer = losses.outer_staged(outer_batch, generator)
-            return staged_hypergradient(losses.inner_staged(inner_batch), outer, **settings)
+        if self.compiler is not None or not self._keeps_graph:
+            # With whole graphs the stages are compiled together with what they keep; otherwise
+            # each pass through a stage by itself.
+            whole = self.compiler if self._keeps_graph else None
+            passes = None if self._keeps_graph else self.compiler
+            inner = losses.inner_staged(inner_batch, compiler=passes)
+            outer = losses.outer_staged(outer_batch, generator, passes)
+            return staged_hypergradient(inner, outer, compiler=whole, **settings)
         return hypergradient(
             losses.inner_graph(inner_batch),
             losses.outer_graph(outer_batch, generator),

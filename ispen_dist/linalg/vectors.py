@@ -45,55 +45,81 @@ class Local(Protocol):
 
 
 class PlainLocal:
-    """The passes in plain PyTorch, operation by operation: the reference of all others."""
+    """The passes in plain PyTorch, and the reference of all others.
+
+    All that is done to one tensor is done before the next is touched, so that on a CPU the second
+    operation finds it in the cache.
+    """
 
     def dots(self, pairs: Sequence[tuple[Parts, Parts]]) -> Tensor:
         """See `Local.dots`."""
-        return torch.stack([_dot(a, b) for a, b in pairs])
+        by_tensor = [
+            torch.stack([_dot(a[i], b[i]) for a, b in pairs]) for i in range(len(pairs[0][0]))
+        ]
+        return torch.stack(by_tensor).sum(0)
 
     def curvature(self, p: Parts, Hp: Parts, shift: Tensor) -> Tensor:
         """See `Local.curvature`."""
-        return _dot(p, Hp) + shift * _dot(p, p)
+        pHp, pp = self.dots([(p, Hp), (p, p)])
+        return pHp + shift * pp
 
     def cg_update(
         self, q: Parts, r: Parts, p: Parts, Hp: Parts, alpha: Tensor, shift: Tensor
     ) -> Tensor:
         """See `Local.cg_update`."""
-        _add_multiple(q, p, alpha)
-        _add_multiple(r, Hp, -alpha)
-        _add_multiple(r, p, -alpha * shift)
-        return _dot(r, r)
+        step, back, damping = (_scale(x) for x in (alpha, -alpha, -alpha * shift))
+        products = []
+        for q_i, r_i, p_i, Hp_i in zip(q, r, p, Hp, strict=True):
+            _add_multiple(q_i, p_i, step)
+            _add_multiple(r_i, Hp_i, back)
+            _add_multiple(r_i, p_i, damping)
+            products.append(_dot(r_i, r_i))
+        return torch.stack(products).sum()
 
     def direction_update(self, p: Parts, r: Parts, beta: Tensor) -> None:
         """See `Local.direction_update`."""
+        scale = _scale(beta)
         for p_i, r_i in zip(p, r, strict=True):
-            torch.addcmul(r_i, p_i, beta, out=p_i)
+            _turn(p_i, r_i, scale)
 
     def single_reduction_update(
         self, q: Parts, r: Parts, p: Parts, s: Parts, Ar: Parts, alpha: Tensor, beta: Tensor
     ) -> None:
         """See `Local.single_reduction_update`."""
-        self.direction_update(p, r, beta)
-        self.direction_update(s, Ar, beta)
-        _add_multiple(q, p, alpha)
-        _add_multiple(r, s, -alpha)
+        step, back, turn = (_scale(x) for x in (alpha, -alpha, beta))
+        for q_i, r_i, p_i, s_i, Ar_i in zip(q, r, p, s, Ar, strict=True):
+            _turn(p_i, r_i, turn)
+            _turn(s_i, Ar_i, turn)
+            _add_multiple(q_i, p_i, step)
+            _add_multiple(r_i, s_i, back)
 
 
-def _dot(a: Parts, b: Parts) -> Tensor:
-    both = zip(a, b, strict=True)
-    return torch.stack([_inner(x, y) for x, y in both]).sum()
-
-
-def _inner(x: Tensor, y: Tensor) -> Tensor:
+def _dot(x: Tensor, y: Tensor) -> Tensor:
     # Two that lie alike by columns are read as they lie.
     if x.dim() == 2 and x.T.is_contiguous() and y.T.is_contiguous():
         x, y = x.T, y.T
     return torch.dot(x.flatten(), y.flatten())
 
 
-def _add_multiple(y: Parts, x: Parts, scale: Tensor) -> None:
-    for y_i, x_i in zip(y, x, strict=True):
-        y_i.addcmul_(x_i, scale)
+def _scale(scalar: Tensor) -> Tensor | float:
+    """Return a number on a CPU, where reading it costs nothing, and leave it on a GPU."""
+    return scalar if scalar.is_cuda else scalar.item()
+
+
+def _add_multiple(y: Tensor, x: Tensor, scale: Tensor | float) -> None:
+    """Set y += scale x in place."""
+    if isinstance(scale, Tensor):
+        y.addcmul_(x, scale)
+    else:
+        y.add_(x, alpha=scale)
+
+
+def _turn(p: Tensor, r: Tensor, beta: Tensor | float) -> None:
+    """Set p = r + beta p in place."""
+    if isinstance(beta, Tensor):
+        torch.addcmul(r, p, beta, out=p)
+    else:
+        torch.add(r, p, alpha=beta, out=p)
 
 
 class Vectors:
