@@ -231,13 +231,48 @@ class ReplicatedEngine(Engine):
         self, total: Tensor, also: Sequence[Tensor], count: Tensor
     ) -> tuple[list[Tensor], Tensor]:
         """See `Engine.step`."""
-        trained = {name: self._parameters[name] for name in self.trained_names}
+        trained = self.trained()
         own = torch.autograd.grad(total, list(trained.values()))
-        sums = self.layout.reduction.sum([*own, *(s.detach() for s in also), count])
+        return self.step_along(dict(zip(trained, own, strict=True)), also, count)
+
+    def step_along(
+        self, own: Tree, also: Sequence[Tensor], count: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """See `Engine.step`, with the gradient of the rank's sum in place of the loss."""
+        sums = self.layout.reduction.sum([*own.values(), *(s.detach() for s in also), count])
         global_count = sums.pop()
-        gradient = dict(zip(trained, sums, strict=False))
+        gradient = dict(zip(own, sums, strict=False))
         norm = self._update(scaled(gradient, 1.0 / global_count))
         return [s / global_count for s in sums[len(own) :]], norm
+
+    def trained(self) -> Tree:
+        """Return the parameters that the present phase trains."""
+        return {name: self._parameters[name] for name in self.trained_names}
+
+    @property
+    def adamw_settings(self) -> dict[str, float]:
+        """Settings of the optimizer's kernel in the present phase, but for the learning rate."""
+        group = self._adamw.param_groups[0]
+        beta1, beta2 = group["betas"]
+        decay = self.phase.config.weight_decay
+        return {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": decay}
+
+    def state(self) -> list[Tensor]:
+        """Return the trained parameters and both moments of each, as constants."""
+        trained = self.trained()
+        if self.num_taken == 0:
+            zeros = {name: torch.zeros_like(p) for name, p in trained.items()}
+            self.load_moments({slot: zeros for slot in MOMENTS}, 0)
+        moments = (self._adamw.state[p][slot] for slot in MOMENTS for p in trained.values())
+        return [*(p.detach() for p in trained.values()), *moments]
+
+    @torch.no_grad()
+    def accept(self, state: Sequence[Tensor], num_steps: int) -> None:
+        """Take over what `state` has become after a number of steps."""
+        torch._foreach_copy_(self.state(), list(state))
+        self.num_taken += num_steps
+        for p in self.trained().values():
+            self._adamw.state[p]["step"].fill_(self.num_taken)
 
     def apply(self, gradient: Tree, inputs: Inputs) -> None:
         """See `Engine.apply`."""

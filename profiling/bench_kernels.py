@@ -347,9 +347,9 @@ def solver_cases(num_blocks: int, width: int) -> list[Case]:
 
         return flat
 
-    # Trees read, trees written (the first ones), scalars.
+    # Trees read, trees written (the first ones), scalars: alpha and the shift, beta, both.
     updates: dict[str, tuple[Callable[..., Any], Callable[..., Any], int, int, int]] = {
-        "cg_update": (solver.cg_update_, solver.cg_update_reference, 4, 2, 1),
+        "cg_update": (solver.cg_update_, solver.cg_update_reference, 4, 2, 2),
         "direction_update": (solver.direction_update_, solver.direction_update_reference, 2, 1, 1),
         "single_reduction_update": (
             solver.single_reduction_update_, solver.single_reduction_update_reference, 5, 4, 2,

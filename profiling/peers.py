@@ -40,6 +40,7 @@ class Peer(ABC):
         name: as in the table.
         packages: names under which its releases are installed.
         modules: what must be importable.
+        install: how to get it.
         kernels: what operations of the model it runs on, see `ispen_dist.ops.choice`: "auto" where
             it can differentiate ours, which are faster, and "reference" where it cannot.
     """
@@ -47,6 +48,7 @@ class Peer(ABC):
     name: str
     packages: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
+    install: str = 'pip install -e ".[peers]"'
     kernels: str = "reference"
 
     def versions(self) -> str:
@@ -59,7 +61,7 @@ class Peer(ABC):
             try:
                 importlib.import_module(module)
             except (ImportError, OSError, RuntimeError) as error:
-                return f"{module}: {error}; pip install {' '.join(self.packages)}"
+                return f"{module}: {error}; {self.install}"
         return None
 
     def gradient(self, problem: Problem) -> Work | None:
@@ -255,12 +257,14 @@ class Betty(Peer):
 
     Damping is a ridge in the lower problem's loss, as Betty has none of its own; it does not
     enter the mixed derivative. The product is inside its solver and not exposed. Release 0.1.1
-    makes each search direction from the old residual, so its directions are not conjugate.
+    makes each search direction from the old residual, so its directions are not conjugate; later
+    ones want Python below 3.11. pip from 24.1 refuses its metadata, so it is in no extra.
     """
 
     name = "betty"
     packages = ("betty-ml",)
     modules = ("betty",)
+    install = 'pip install "pip<24.1" && pip install betty-ml==0.1.1'
     kernels = "auto"
 
     def _hypergradient(self, problem: Problem, num_steps: int) -> Work:

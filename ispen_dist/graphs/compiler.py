@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
+from ispen_dist.graphs.program import record_call
+
 Compiled = Callable[..., Sequence[Tensor]]
 Built = TypeVar("Built")
 
@@ -41,17 +43,14 @@ class Compiler:
             self.seconds += time.perf_counter() - begin
         return self._built[key]
 
-    def compile(self, module: fx.GraphModule, name: str) -> Compiled:
+    def compile(self, module: fx.GraphModule, name: str) -> "CompiledGraph":
         """Return a pure graph as a function; code is generated at its first call.
 
         Args:
             module: with shapes that do not change.
             name: for the report.
         """
-        if self.backend == "trace":
-            self.names.append(name)
-            return module
-        return _FirstCall(self, module, name)
+        return CompiledGraph(self, module, name)
 
     def finished(self, name: str, seconds: float) -> None:
         """Enter one compiled function."""
@@ -62,8 +61,11 @@ class Compiler:
             self.report(f"compiled {name} in {seconds:.1f} s ({total})")
 
 
-class _FirstCall:
-    """A graph whose code is generated at its first call, for the shapes and strides it finds."""
+class CompiledGraph:
+    """A graph whose code is generated at its first call, for the shapes and strides it finds.
+
+    Called while a `Program` is recorded, it becomes a part of that program, which is compiled as one.
+    """
 
     def __init__(self, compiler: Compiler, module: fx.GraphModule, name: str) -> None:
         self._compiler, self._name = compiler, name
@@ -71,14 +73,21 @@ class _FirstCall:
         self._function: Compiled | None = None
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
+        if any(isinstance(x, fx.Proxy) for x in tensors):
+            return record_call(self._module, self._name, tensors)
         with torch.no_grad():
             if self._function is None:
                 begin = time.perf_counter()
-                # Not torch.compile: there is no Python to trace, and nothing to guard. A tensor
-                # of another shape or stride raises.
-                self._function = torch._inductor.compile(self._module, list(tensors))
+                self._function = self._generate(tensors)
                 self._compiler.finished(self._name, time.perf_counter() - begin)
             return self._function(*tensors)
+
+    def _generate(self, tensors: Sequence[Tensor]) -> Compiled:
+        if self._compiler.backend == "trace":
+            return self._module
+        # Not torch.compile: there is no Python to trace, and nothing to guard. A tensor of another
+        # shape or stride raises.
+        return torch._inductor.compile(self._module, list(tensors))
 
 
 def spec_of(tensors: Sequence[Tensor]) -> Hashable:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ispen_dist.graphs.compiler import Compiler
 from ispen_dist.graphs.output_graph import CompiledOutput
-from ispen_dist.graphs.stage_graphs import StagePoint, stage_graph
+from ispen_dist.graphs.stage_graphs import StagePoint, stage_graphs
 from ispen_dist.linalg.reduction import sum_tree
 from ispen_dist.linalg.staged import StagedFunction
 from ispen_dist.linalg.staged_operators import AtOutput, StagedLoss
@@ -30,13 +30,11 @@ class CompiledFunction:
     def __init__(self, model: StagedFunction, compiler: Compiler, kind: str) -> None:
         self._model = model
         self._trained = [[k for k in s.keys if k not in model.frozen] for s in model.stages]
-        self._points: list[StagePoint] = []
+        self._points = [StagePoint(graph) for graph in stage_graphs(compiler, kind, model)]
         state: State = ()
-        for stage in model.stages:
-            p = {key: model.parameters[key] for key in stage.keys}
-            point = StagePoint(stage_graph(compiler, kind, stage, model.frozen, p, state))
-            state = point.value(list(p.values()), list(stage.inputs.values()), state)
-            self._points.append(point)
+        for stage, point in zip(model.stages, self._points, strict=True):
+            p = [model.parameters[key] for key in stage.keys]
+            state = point.value(p, list(stage.inputs.values()), state)
         self.z = state[0]
 
     def pull_back(self, z_bar: Tensor) -> Tree:

@@ -173,8 +173,11 @@ def _is_cheap(node: fx.Node) -> bool:
 
 def _bytes(node: fx.Node) -> float:
     value = node.meta.get("val")
-    # A tuple of results cannot be read by another graph; its entries can.
-    return value.numel() * value.element_size() + 1 if isinstance(value, Tensor) else float("inf")
+    # A tuple of results cannot be read by another graph; its entries can. What a view shows is
+    # kept anyway, and no graph shall return what lies in the memory of its inputs.
+    if not isinstance(value, Tensor) or getattr(node.target, "overloadpacket", None) in _VIEWS:
+        return float("inf")
+    return value.numel() * value.element_size() + 1
 
 
 def _piece(

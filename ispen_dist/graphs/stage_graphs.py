@@ -1,19 +1,21 @@
 """A stage as compiled phases, shared by all stages of the same structure and shapes.
 
-Which phases there are depends on what is wanted (`KINDS`): the gradient alone, an exact Hessian
-product, or a Gauss-Newton product. See `phases` for when each runs, `linalg.stages` for the notation.
+Which phases there are depends on what is wanted (`KINDS`): the value alone, the gradient, an exact
+Hessian product, or a Gauss-Newton product. See `phases` for when each runs, `linalg.stages` for the notation.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ispen_dist.graphs.compiler import Compiled, Compiler, spec_of
 from ispen_dist.graphs.phases import Phase, split
+from ispen_dist.graphs.program import recorded_as
 from ispen_dist.graphs.tracing import Draw, Traced, refusing_data_dependence, trace
+from ispen_dist.linalg.staged import StagedFunction
 from ispen_dist.linalg.stages import Stage, State, grad, leaves, materialised
 from ispen_dist.linalg.trees import Tree
 
@@ -50,9 +52,17 @@ class StagePoint:
         self._solve: dict[str, Tensor] = {}
         self._product: dict[str, Tensor] = {}
 
-    def value(self, p: list[Tensor], inputs: list[Tensor], s: State) -> State:
-        """Return the next state; draws the masks of the whole solve."""
-        masks = [draw() for draw in self._graph.draws]
+    @property
+    def num_masks(self) -> int:
+        """Masks that the stage draws."""
+        return len(self._graph.draws)
+
+    def value(
+        self, p: list[Tensor], inputs: list[Tensor], s: State, masks: list[Tensor] | None = None
+    ) -> State:
+        """Return the next state; without masks given, draws those of the whole solve."""
+        if masks is None:
+            masks = [draw() for draw in self._graph.draws]
         return self._run(VALUE, self._solve, [*p, *inputs, *s, *masks])
 
     def pull_back(self, a: State) -> State:
@@ -92,6 +102,8 @@ class StagePoint:
 
 def _as_traced(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     """Return a tensor that lies in memory as the compiled code expects."""
+    if isinstance(x, fx.Proxy):
+        return recorded_as(x, stride)
     if x.stride() == stride:
         return x
     return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
@@ -117,8 +129,10 @@ class _Flat:
     def groups(self, kind: str) -> list[tuple[int, int]]:
         """Return (number of tensors, phase) of the groups of inputs."""
         first = len(self.stage.keys) + len(self.stage.inputs) + self.num_state
-        groups = [(first, VALUE), (self.num_next, GRADIENT)]
-        if kind != "gradient":
+        groups = [(first, VALUE)]
+        if kind != "value":
+            groups += [(self.num_next, GRADIENT)]
+        if kind not in ("value", "gradient"):
             groups += [(len(self.trained) + self.num_state, TANGENT), (self.num_next, PRODUCT)]
         return groups
 
@@ -163,11 +177,31 @@ def _gauss_newton(flat: _Flat, tensors: Iterator[Tensor]) -> list[State]:
     return [f, k, f_dot, materialised(grad(f, x, a_dot, create_graph=True), x)]
 
 
+def _value(flat: _Flat, tensors: Iterator[Tensor]) -> list[State]:
+    return [flat.apply(tensors)[1]]
+
+
 KINDS: dict[str, Callable[[_Flat, Iterator[Tensor]], list[State]]] = {
+    "value": _value,
     "gradient": _gradient,
     "hessian": _hessian,
     "gauss_newton": _gauss_newton,
 }
+
+
+def stage_graphs(
+    compiler: Compiler, kind: str, model: StagedFunction
+) -> list[StageGraph]:
+    """Return the phases of every stage of a function, without computing it."""
+    graphs: list[StageGraph] = []
+    state: State = ()
+    for stage in model.stages:
+        p = {key: model.parameters[key] for key in stage.keys}
+        graphs.append(stage_graph(compiler, kind, stage, model.frozen, p, state))
+        phase = graphs[-1].phases[VALUE]
+        results = phase.module.graph.output_node().args[0][: phase.num_results]
+        state = tuple(node.meta["val"] for node in results)
+    return graphs
 
 
 def stage_graph(
@@ -202,8 +236,10 @@ def _build(
     f, k = _shapes(stage, frozen, tensors, num_state)
     flat = _Flat(stage, frozen, num_state, len(f))
     # A direction lies in memory as a gradient does: solver vectors are made of gradients.
-    examples = [*tensors, *f]
-    if kind != "gradient":
+    examples = [*tensors]
+    if kind != "value":
+        examples += f
+    if kind not in ("value", "gradient"):
         examples += [*k, *tensors[num_p + num_inputs :], *f]
 
     counts: list[int] = []
