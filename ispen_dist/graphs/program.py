@@ -5,6 +5,7 @@ program but becomes a subgraph of it, once however often it is called: the block
 the steps of a loop, share their code, and compile time does not grow with their number.
 """
 
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -57,17 +58,18 @@ class Program:
                 result.append(tensors[places.index(node)])
                 continue
             item = self.graph.call_function(operator.getitem, (made, own.index(i)))
-            result.append(self._stand_in(item, node.meta["val"]))
+            result.append(self._stand_in(item, _returned(node.meta["val"])))
         return result
 
     def _add(self, module: fx.GraphModule, own: list[int]) -> str:
         """Return the name of a subgraph that returns only what it computes."""
         if id(module) not in self._subgraphs:
-            name = f"subgraph_{len(self._subgraphs)}"
+            # Unique in the process: the tracer knows subgraphs of all programs by their names.
+            name = f"subgraph_{next(_numbers)}"
             graph = fx.Graph()
             copies: dict[fx.Node, fx.Node] = {}
             outputs = graph.graph_copy(module.graph, copies)
-            graph.output(tuple(outputs[i] for i in own))
+            graph.output(tuple(_as_returned(graph, outputs[i]) for i in own))
             self._root.add_module(name, fx.GraphModule(module, graph))
             self._subgraphs[id(module)] = (name, module)
         return self._subgraphs[id(module)][0]
@@ -78,6 +80,25 @@ class Program:
 
 
 _recording: dict[Any, Program] = {}
+_numbers = itertools.count()
+
+
+def _is_part(value: Tensor) -> bool:
+    """Whether a tensor shows only a part of what is stored."""
+    return value.untyped_storage().nbytes() > value.numel() * value.element_size()
+
+
+def _returned(value: Tensor) -> Tensor:
+    return value.clone(memory_format=torch.contiguous_format) if _is_part(value) else value
+
+
+def _as_returned(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Return a node, copied where it is a part: torch 2.13 loses the offset between subgraphs."""
+    if not _is_part(node.meta["val"]):
+        return node
+    return graph.call_function(
+        aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+    )
 
 
 def record_call(module: fx.GraphModule, name: str, tensors: Sequence[Any]) -> list[Any]:
@@ -96,5 +117,4 @@ def recorded_as(x: Any, stride: tuple[int, ...]) -> Any:
     settings = {"dtype": like.dtype, "device": like.device}
     room = graph.call_function(aten.empty_strided.default, (list(like.shape), list(stride)), settings)
     copy = graph.call_function(aten.copy.default, (room, x.node))
-    made = torch.empty_strided(like.shape, stride, dtype=like.dtype, device="meta")
-    return program._stand_in(copy, made)
+    return program._stand_in(copy, like.new_empty_strided(like.shape, stride))

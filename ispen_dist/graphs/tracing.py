@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import core_aten_decompositions
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -75,10 +75,12 @@ def trace(function: Function, inputs: Sequence[Tensor], name: str) -> Traced:
     with mode, torch.no_grad():
         pure = make_fx(
             torch.func.functionalize(raw, remove="mutations"),
-            decomposition_table=core_aten_decompositions(),
+            # Those of the code generator, which does not apply them inside subgraphs of a program.
+            decomposition_table=select_decomp_table(),
         )(*fakes)
     graph = without_repeats(pure.graph)
     draws = lift_draws(graph, name)
+    fill_by_shape(graph)
     graph.eliminate_dead_code()
     graph.lint()
     return Traced(fx.GraphModule(pure, graph), draws)
@@ -113,6 +115,16 @@ def without_repeats(graph: fx.Graph) -> fx.Graph:
     return result
 
 
+def fill_by_shape(graph: fx.Graph) -> None:
+    """Make constants from their shapes instead of tensors like them, in place."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.target is aten.full_like.default and value.is_contiguous():
+            node.target = aten.full.default
+            node.args = (list(value.shape), node.args[1])
+            node.kwargs = {"dtype": value.dtype, "device": value.device}
+
+
 def draws_randomly(node: fx.Node) -> bool:
     """Whether an operation reads a random generator."""
     target = node.target
@@ -138,6 +150,9 @@ def lift_draws(graph: fx.Graph, name: str) -> tuple[Draw, ...]:
         with graph.inserting_after(last):
             last = graph.placeholder(f"mask_{len(draws)}")
         last.meta["val"] = value
+        room = node.args[0]
         node.replace_all_uses_with(last)
         graph.erase_node(node)
+        if isinstance(room, fx.Node) and not room.users and room.op == "call_function":
+            graph.erase_node(room)
     return tuple(draws)
