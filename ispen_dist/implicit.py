@@ -20,15 +20,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ispen_dist.graphs.compiler import Compiler
+from ispen_dist.graphs.operators import CompiledOperator, compiled_outer_gradients
+from ispen_dist.linalg.layout import Replicas
 from ispen_dist.linalg.operators import (
     CurvatureOperator,
     Loss,
     build_operator,
     pull_back,
 )
-from ispen_dist.graphs.compiler import Compiler
-from ispen_dist.graphs.operators import CompiledOperator, compiled_outer_gradients
-from ispen_dist.linalg.layout import Replicas
 from ispen_dist.linalg.reduction import OneProcess, Reduction, own_share
 from ispen_dist.linalg.solution import Solution, Status
 from ispen_dist.linalg.solvers import CG, Solver
@@ -197,9 +197,7 @@ def _through_solution(
 ) -> Hypergradient:
     """Solve, and insert the solution in the equation at the head of this file."""
     value, d_theta, explicit = outer
-    solution = solver.solve(
-        operator.matvec, d_theta, shift=damping, vectors=vectors, start=start
-    )
+    solution = solver.solve(operator.matvec, d_theta, shift=damping, vectors=vectors, start=start)
     implicit = {key: part.neg() for key, part in operator.mixed(solution.value).items()}
     return Hypergradient(explicit, implicit, solution, value, operator.value, operator.gradient)
 

@@ -1,11 +1,11 @@
 """The inner steps of a round as one compiled function.
 
-One step: the inference network forward, the energy at its output, backward, the mean over the batch,
-clipping, AdamW. All steps of a round are one program of `graphs.program` whose subgraphs are the
-stages, the output loss, the optimizer, and the step itself, each compiled once; between the first
-step and the last nothing returns to Python. Where ranks share a batch, gradients are summed over
-them in every step, so there the program is one step's forward and backward, and the engine does the
-rest.
+One step: the inference network forward, the energy at its output, backward, the mean over the
+batch, clipping, AdamW. All steps of a round are one program of `graphs.program` whose subgraphs are
+the stages, the output loss, the optimizer, and the step itself, each compiled once; between the
+first step and the last nothing returns to Python. Where ranks share a batch, gradients are summed
+over them in every step, so there the program is one step's forward and backward, and the engine
+does the rest.
 
 The numbers are those of `inner.inner_step`: the same masks, drawn beforehand from the same state,
 and the same optimizer kernel.
@@ -20,6 +20,7 @@ from torch import Tensor
 from ispen_dist.data.batch import Batch
 from ispen_dist.engine import Engines, ReplicatedEngine, clip_factor
 from ispen_dist.graphs.compiler import CompiledGraph, Compiler, spec_of
+from ispen_dist.graphs.phases import outputs_of
 from ispen_dist.graphs.program import Program
 from ispen_dist.graphs.stage_graphs import VALUE, StageGraph, StagePoint, assemble, stage_graphs
 from ispen_dist.graphs.tracing import trace
@@ -45,7 +46,11 @@ class InnerProgram:
         self._engine = engines.inference_net
 
     def __call__(
-        self, batches: Sequence[Batch], energy_weight: float, seed: Callable[[int], None]
+        self,
+        batches: Sequence[Batch],
+        energy_weight: float,
+        seed: Callable[[int], None],
+        after_masks: Callable[[int], None] = lambda i: None,
     ) -> list[Statistics]:
         """Take one step per batch.
 
@@ -53,6 +58,8 @@ class InnerProgram:
             batches: this rank's examples of every step.
             energy_weight: lambda; at 0 the energy is not evaluated.
             seed: seeds the step of a number, from 0.
+            after_masks: called with that number once the masks of the step are drawn, for what
+                draws after them.
 
         Returns:
             For every step the statistics of `inner.inner_step`.
@@ -63,10 +70,12 @@ class InnerProgram:
         groups = [list(batches)] if together else [[batch] for batch in batches]
         for group in groups:
             shaped = self._shaped(group[0], energy_weight)
-            masks = []
+            masks: list[list[Tensor]] = []
             for _ in group:
-                seed(len(result) + len(masks))
+                number = len(result) + len(masks)
+                seed(number)
                 masks.append([draw() for graph in shaped.graphs for draw in graph.draws])
+                after_masks(number)
             if self._engine.layout.reduction.num_ranks > 1:
                 result.append(self._shared_step(shaped, group[0], masks[0]))
             else:
@@ -80,7 +89,7 @@ class InnerProgram:
             lambda: _Shaped(self._players, self._engines, self._compiler, batch, energy_weight),
         )
 
-    # -- one process: all steps in one function --------------------------------------------------
+    # -- one process: all steps in one function -----------------------------------------------
 
     def _steps(
         self, shaped: "_Shaped", batches: list[Batch], masks: list[list[Tensor]]
@@ -98,9 +107,9 @@ class InnerProgram:
         return [dict(zip(_FIGURES, row.unbind(), strict=True)) for row in rows]
 
     def _scalars(self, like: Tensor, i: int) -> list[Tensor]:
-        """Return learning rate and number of the i-th step from now, as the optimizer wants them."""
+        """Return learning rate and number of the i-th step from now."""
         step = self._engine.num_taken + i
-        # A kernel on a GPU reads the rate as float32; on a CPU it keeps the digits it has in Python.
+        # A kernel on a GPU reads the rate as float32; on a CPU it keeps its digits.
         rate_type = torch.float32 if like.is_cuda else torch.float64
         rate = torch.tensor(self._engine.phase.learning_rate(step), dtype=rate_type)
         number = torch.tensor(float(step + 1), dtype=torch.float32)
@@ -143,11 +152,9 @@ class InnerProgram:
         inputs = [*state, *gradient, *sums, rate, number]
         return list(shaped.update(self._engine.phase.config.clip_norm, inputs)(*inputs))
 
-    # -- several ranks: the gradient of this rank in one function -----------------------------------
+    # -- several ranks: the gradient of this rank in one function --------------------------------
 
-    def _shared_step(
-        self, shaped: "_Shaped", batch: Batch, masks: list[Tensor]
-    ) -> Statistics:
+    def _shared_step(self, shaped: "_Shaped", batch: Batch, masks: list[Tensor]) -> Statistics:
         engine = self._engine
         theta = [p.detach() for p in engine.trained().values()]
         fixed, own = shaped.fixed(), [*batch.tensors().values(), *masks]
@@ -345,5 +352,4 @@ def _backward(
 
 def _shape_of_value(graphs: list[StageGraph]) -> Tensor:
     """Return a tensor without memory like the value of the last stage."""
-    phase = graphs[-1].phases[VALUE]
-    return phase.module.graph.output_node().args[0][0].meta["val"]
+    return outputs_of(graphs[-1].phases[VALUE].module)[0].meta["val"]

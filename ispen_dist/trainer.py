@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ispen_dist import ops
 from ispen_dist.checkpoint import Checkpoint, save_checkpoint
 from ispen_dist.config import Config, ConfigError, OptimizerConfig
 from ispen_dist.data.datasets import Dataset
@@ -17,7 +18,9 @@ from ispen_dist.distributed import Session
 from ispen_dist.distributed.runtime import Runtime
 from ispen_dist.engine import MOMENTS, Engine, Engines
 from ispen_dist.evaluate import evaluate
-from ispen_dist.inner import inner_step, pretrain_local_step
+from ispen_dist.graphs.compiler import Compiler
+from ispen_dist.inner import Statistics, inner_step, pretrain_local_step
+from ispen_dist.inner_program import InnerProgram
 from ispen_dist.linalg.trees import Tree
 from ispen_dist.metrics import build_metrics
 from ispen_dist.optim import Phase
@@ -26,7 +29,7 @@ from ispen_dist.players import Players, build_players, groups_of
 from ispen_dist.predictor import save_model
 from ispen_dist.recording.run_folder import RunFolder
 from ispen_dist.seeding import derived_seed, seed_step
-from ispen_dist.source import Source
+from ispen_dist.source import Source, buckets_of
 
 
 class NotFinite(RuntimeError):
@@ -45,7 +48,9 @@ class Trainer:
 
     def __init__(self, config: Config, splits: Splits, session: Session, folder: RunFolder) -> None:
         self.config, self.splits, self.session, self.folder = config, splits, session, folder
-        check_precision(config, session.runtime)
+        check_runtime(config, session.runtime)
+        ops.set_kernels(config.compile.kernels)
+        self.compiler = Compiler(report=folder.message) if config.compile.any else None
         self.round = 0
         built = build_players(config, splits.codec, torch.device("cpu"))
         self.engines = Engines(
@@ -75,11 +80,11 @@ class Trainer:
         config, seed = self.config, self.config.train.seed
         dtype = torch.float64 if config.train.dtype == "float64" else torch.float32
         inner_data, outer_data = hold_out(config, self.splits.train)
-        size = config.outer.batch_size
+        size, buckets = config.outer.batch_size, buckets_of(config.compile)
 
         def source(dataset: Dataset, batch_size: int, purpose: str) -> Source:
             order = derived_seed(seed, "order", purpose)
-            return Source(dataset, batch_size, order, self.session, dtype)
+            return Source(dataset, batch_size, order, self.session, dtype, buckets)
 
         self.inner_source = source(inner_data, config.inner.batch_size, "inner")
         self.outer_source = source(outer_data, size, "outer")
@@ -111,7 +116,12 @@ class Trainer:
             self.engines,
             self.session.rank,
             SolverRecord(damping=config.solver.damping),
+            self.compiler if config.compile.curvature else None,
         )
+        self.inner_program: InnerProgram | None = None
+        if config.compile.inner:
+            assert self.compiler is not None
+            self.inner_program = InnerProgram(self.players, self.engines, self.compiler)
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -151,20 +161,37 @@ class Trainer:
     def _inner_steps(self) -> dict[str, float]:
         config = self.config
         learns_energy = config.train.method != "mle"
+        learns_energy &= not self._warming_up
         energy_weight = config.inner.energy_weight if learns_energy else 0.0
-        rows = []
-        for i in range(config.inner.steps):
-            step = self.round * config.inner.steps + i
-            batch = self.inner_source.batch(step)
-            seed_step(config.train.seed, "inner", step, self.session.rank)
-            row = dict(
-                inner_step(
-                    self.players, self.engines, batch, 0.0 if self._warming_up else energy_weight
-                )
-            )
-            if self._warming_up and learns_energy and config.inner.pretrain_learning_rate > 0.0:
-                row |= pretrain_local_step(self.players, self.engines, batch)
-            rows.append(row)
+        pretrains = (
+            self._warming_up
+            and config.train.method != "mle"
+            and config.inner.pretrain_learning_rate > 0.0
+        )
+        first = self.round * config.inner.steps
+        batches = [self.inner_source.batch(first + i) for i in range(config.inner.steps)]
+
+        def seed(i: int) -> None:
+            seed_step(config.train.seed, "inner", first + i, self.session.rank)
+
+        rows: list[dict[str, Tensor]] = []
+        pretrained: list[Statistics] = []
+
+        def pretrain(i: int) -> None:
+            """The local energy's step, which draws after the masks of the inner step."""
+            if pretrains:
+                step = pretrain_local_step(self.players, self.engines, batches[i])
+                pretrained.append(step)
+
+        if self.inner_program is not None:
+            rows = [dict(r) for r in self.inner_program(batches, energy_weight, seed, pretrain)]
+        else:
+            for i, batch in enumerate(batches):
+                seed(i)
+                rows.append(dict(inner_step(self.players, self.engines, batch, energy_weight)))
+                pretrain(i)
+        for row, more in zip(rows, pretrained, strict=False):
+            row |= more
         return self._means(rows)
 
     def _means(self, rows: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -251,6 +278,9 @@ class Trainer:
             "test": test,
             "hypergradient": self.outer_step.record.summary(),
         }
+        if self.compiler is not None:
+            count, seconds = len(self.compiler.names), round(self.compiler.seconds, 3)
+            summary["compiled"] = {"functions": count, "seconds": seconds}
         self._export(threshold)
         self.folder.finish(summary)
         self.session.barrier()
@@ -352,12 +382,19 @@ def networks_of(players: Players) -> dict[str, nn.Module]:
     return {"inference_net": players.inference_net, "energy": players.energy}
 
 
-def check_precision(config: Config, runtime: Runtime) -> None:
-    """Refuse float64 where it would not be kept.
+def check_runtime(config: Config, runtime: Runtime) -> None:
+    """Refuse settings that the runtime cannot keep.
 
     Raises:
-        ConfigError: under DeepSpeed or with bf16 first-order steps.
+        ConfigError: float64 under DeepSpeed or with bf16 first-order steps; a compiled inner step
+            where an engine of its own takes the step.
     """
+    if config.compile.inner and (runtime.name != "replicas" or runtime.low_precision):
+        raise ConfigError(
+            f"compile.inner: expected false under {runtime.name} with mixed_precision="
+            f"{runtime.precision}, got true; the step is the engine's there, and compile.curvature "
+            "works; or use configs/runtime/single.yaml or ddp.yaml without bf16"
+        )
     if config.train.dtype == "float64" and (runtime.uses_deepspeed or runtime.low_precision):
         raise ConfigError(
             f"train.dtype: expected float32 under {runtime.name} with mixed_precision="

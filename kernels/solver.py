@@ -404,7 +404,7 @@ def dots(pairs: Sequence[tuple[Tensors, Tensors]]) -> Tensor:
 def cg_update_(
     x: Tensors, r: Tensors, p: Tensors, Ap: Tensors, alpha: Tensor, shift: Tensor | None = None
 ) -> Tensor:
-    """Step along `p` in place, `x += alpha p`, `r -= alpha (Ap + shift p)`, in one pass over memory.
+    """Step along `p` in place, `x += alpha p`, `r -= alpha (Ap + shift p)`, in one pass.
 
     Args:
         x: iterate, contiguous, changed in place.

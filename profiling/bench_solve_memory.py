@@ -164,7 +164,8 @@ def solves(engine: Engine, session: Session) -> dict[str, Callable[[], Solution]
         num_examples = BATCH * session.num_ranks
         operator = HessianOperator(
             lambda theta, phi: (
-                likelihood(functional_call(engine.network, theta, (inputs,)), {})[0] / num_examples
+                likelihood(functional_call(engine.network, theta, (inputs,)), {}, {})[0]
+                / num_examples
             ),
             whole,
             {},

@@ -13,8 +13,8 @@ from ispen_dist.linalg.layout import Replicas
 from ispen_dist.linalg.operators import build_operator
 from ispen_dist.linalg.reduction import OneProcess
 from ispen_dist.linalg.staged import StagedFunction
-from ispen_dist.linalg.stages import StageError
 from ispen_dist.linalg.staged_operators import StagedHessian, StagedLoss, build_staged_operator
+from ispen_dist.linalg.stages import StageError
 from ispen_dist.losses import Losses
 from ispen_dist.models.stages import Part, StagedNetwork, parts_of, stages_at
 from ispen_dist.players import build_players, replicated

@@ -22,6 +22,7 @@ LAYERS = [
     ["engine", "players", "optim", "seeding", "metrics", "manifest", "checkpoint"],
     ["losses"],
     ["evaluate", "inner", "outer"],
+    ["inner_program"],
     ["plan", "predictor", "prediction_files", "distributed"],
     ["source"],
     ["recording"],

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Batch:
             padding. Zeros where the data is unlabelled.
         weight: (B,) float, 1 for an example and 0 for a filler row, so that a rank with nothing to
             do still runs the same program and contributes a count of zero.
-        index: (B,) int64, row number in the data set.
+        index: (B,) int64, row number in the data set; 0 in filler rows.
     """
 
     inputs: dict[str, Tensor]
@@ -54,6 +55,25 @@ class Batch:
                 else x.to(device, non_blocking=True)
             )
         )
+
+    def padded(self, num_rows: int, num_tokens: int = 0) -> "Batch":
+        """Return the batch with filler rows and, where it has tokens, with padding behind them.
+
+        Neither enters a sum; a batch that is larger already stays as large as it is.
+        """
+        rows = max(num_rows - len(self.weight), 0)
+        tokens = max(num_tokens - self.inputs["mask"].shape[1], 0) if "mask" in self.inputs else 0
+        per_token = {"inputs.features", "inputs.mask", "target"} if "mask" in self.inputs else ()
+
+        def pad(name: str, x: Tensor) -> Tensor:
+            # torch.nn.functional.pad counts from the last dimension.
+            sizes = [0] * (2 * x.dim())
+            sizes[-1] = rows
+            if name in per_token:
+                sizes[-3] = tokens
+            return F.pad(x, sizes)
+
+        return Batch.of({name: pad(name, x) for name, x in self.tensors().items()})
 
     def first(self, num_rows: int) -> "Batch":
         """Return the first rows, all where there are fewer."""

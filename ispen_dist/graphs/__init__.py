@@ -1,1 +1,1 @@
-"""Traced and compiled graphs: one stage traced once, split by what its parts depend on, compiled."""
+"""Stages traced once, split by what is known when, and compiled."""

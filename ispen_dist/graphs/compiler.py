@@ -64,7 +64,7 @@ class Compiler:
 class CompiledGraph:
     """A graph whose code is generated at its first call, for the shapes and strides it finds.
 
-    Called while a `Program` is recorded, it becomes a part of that program, which is compiled as one.
+    Called while a `Program` is recorded, it becomes a part of that program.
     """
 
     def __init__(self, compiler: Compiler, module: fx.GraphModule, name: str) -> None:
@@ -73,6 +73,7 @@ class CompiledGraph:
         self._function: Compiled | None = None
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
+        """Return the outputs of the graph, without an autograd history."""
         if any(isinstance(x, fx.Proxy) for x in tensors):
             return record_call(self._module, self._name, tensors)
         with torch.no_grad():

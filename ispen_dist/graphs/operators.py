@@ -49,7 +49,7 @@ class CompiledFunction:
         return tangent[0]
 
     def product(self, z_bar_dot: Tensor) -> Tree:
-        """Return the tangent of the gradient of this rank, in the direction of the last `tangent`."""
+        """Return the tangent of the rank's gradient, in the direction of the last `tangent`."""
         return self._backwards(z_bar_dot, lambda point, a: point.product(a))
 
     def forget_tangent(self) -> None:

@@ -1,7 +1,8 @@
 """The passes through one stage, compiled: for parameters that are gathered stage by stage.
 
-Each pass of `linalg.stages.EagerPasses` as one compiled function, shared by stages alike. Nothing is
-kept between passes; where every rank holds all parameters, `operators` keeps more and computes less.
+Each pass of `linalg.stages.EagerPasses` as one compiled function, shared by stages alike. Nothing
+is kept between passes; where every rank holds all parameters, `operators` keeps more and computes
+less.
 """
 
 from dataclasses import dataclass, replace
@@ -31,7 +32,9 @@ class CompiledPasses:
         """See `Passes.value`."""
         return self._run("value", stage, p, s)
 
-    def tangent(self, stage: Stage, p: Tree, v: Tree, s: State, s_dot: State) -> tuple[State, State]:
+    def tangent(
+        self, stage: Stage, p: Tree, v: Tree, s: State, s_dot: State
+    ) -> tuple[State, State]:
         """See `Passes.tangent`."""
         return self._run("tangent", stage, p, v, s, s_dot)
 
@@ -78,11 +81,10 @@ class CompiledPasses:
             inputs, *groups = pytree.tree_unflatten(list(flat), layout)
             at = replace(stage, inputs=dict(zip(stage.inputs, inputs, strict=True)))
             trees = [_renamed(group, names) for group in groups]
-            result = getattr(eager, name)(at, *trees)
+            result: Any = getattr(eager, name)(at, *trees)
             result = (result,) if name == "value" else result
             if name == "forward":
-                of_theta, of_state, f_dot = result
-                result = (of_theta, materialised(of_state, groups[2]), f_dot)
+                result = (result[0], materialised(result[1], groups[2]), result[2])
             results = [_renamed(group, numbers) for group in result]
             leaves, form = pytree.tree_flatten(results)
             forms.append(form)

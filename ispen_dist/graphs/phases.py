@@ -8,19 +8,20 @@ Hessian product has four groups, and what follows from them is computed in four 
     3  direction, tangent of state   ->  tangent of the next state          every product
     4  tangent of the adjoint        ->  tangents of both gradients         every product
 
-Values do not move while a linear solver iterates, so everything that depends on the first two groups
-alone is computed there and kept, if a later phase needs it; a product then costs six matrix products
-per linear layer, two gradients, and its memory is what is kept.
+Values do not move while a linear solver iterates, so everything that depends on the first two
+groups alone is computed there and kept, if a later phase needs it; a product then costs six matrix
+products per linear layer, two gradients, and its memory is what is kept.
 
-What is kept is a cut of the graph between the phases. It is chosen by a minimum cut over bytes, where
-cheap elementwise operations may be repeated after the cut and everything else may not: reading a kept
-tensor costs about as much as repeating a sum or a product of two, and less than repeating an
-exponential. Of equal cuts the one nearest to the use is taken, which repeats least.
+What is kept is a cut of the graph between the phases. It is chosen by a minimum cut over bytes,
+where cheap elementwise operations may be repeated after the cut and everything else may not:
+reading a kept tensor costs about as much as repeating a sum or a product of two, and less than
+repeating an exponential. Of equal cuts the one nearest to the use is taken, which repeats least.
 """
 
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import networkx
 import torch
@@ -37,7 +38,7 @@ _CHEAP = _VIEWS | {
     aten.eq, aten.ne, aten.gt, aten.ge, aten.lt, aten.le, aten.bitwise_not, aten.logical_not,
     aten._to_copy, aten.full, aten.full_like, aten.zeros_like, aten.ones_like, aten.scalar_tensor,
 }  # fmt: skip
-"""What may be repeated. Not a copy into another layout, a transcendental function or a reduction."""
+"""What may be repeated: no copy into another layout, no transcendental function, no reduction."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def split(
     numbers = sorted(set(known) | set(wanted))
     last_of_solve = max(n for n in numbers if n <= last_of_solve)
     nodes = [n for n in module.graph.nodes if n.op != "output"]
-    outputs = list(module.graph.output_node().args[0])
+    outputs = outputs_of(module)
     at = _phase_of_nodes(nodes, known, outputs, wanted, last_of_solve)
     inputs = [n for n in nodes if n.op == "placeholder"]
     kept = {n for n in nodes if n.op in ("placeholder", "get_attr")}
@@ -100,6 +101,12 @@ def split(
         names = [tuple(n.name for n in group) for group in (reads, leaves)]
         result[number] = Phase(piece, names[0], len(results), names[1])
     return result
+
+
+def outputs_of(module: fx.GraphModule) -> list[fx.Node]:
+    """Return the nodes that a graph returns."""
+    outputs: Any = module.graph.output_node().args[0]
+    return list(outputs)
 
 
 def _phase_of_nodes(
@@ -131,7 +138,7 @@ def _phase_of_nodes(
         if n not in at:
             at[n] = last_of_solve if earliest[n] <= last_of_solve else last
         if n.target is operator.getitem:
-            at[n] = at[n.args[0]]
+            at[n] = at[n.all_input_nodes[0]]
     return at
 
 

@@ -46,7 +46,7 @@ class Program:
 
     def call(self, module: fx.GraphModule, tensors: Sequence[Any]) -> list[Any]:
         """Record a call of a graph and return stand-ins for its outputs."""
-        outputs = module.graph.output_node().args[0]
+        outputs: Any = module.graph.output_node().args[0]
         own = [i for i, node in enumerate(outputs) if node.op != "placeholder"]
         name = self._add(module, own)
         nodes = tuple(x.node for x in tensors)
@@ -68,7 +68,7 @@ class Program:
             name = f"subgraph_{next(_numbers)}"
             graph = fx.Graph()
             copies: dict[fx.Node, fx.Node] = {}
-            outputs = graph.graph_copy(module.graph, copies)
+            outputs: Any = graph.graph_copy(module.graph, copies)
             graph.output(tuple(_as_returned(graph, outputs[i]) for i in own))
             self._root.add_module(name, fx.GraphModule(module, graph))
             self._subgraphs[id(module)] = (name, module)
@@ -115,6 +115,8 @@ def recorded_as(x: Any, stride: tuple[int, ...]) -> Any:
     program = _recording[x.tracer]
     graph = program.graph
     settings = {"dtype": like.dtype, "device": like.device}
-    room = graph.call_function(aten.empty_strided.default, (list(like.shape), list(stride)), settings)
+    room = graph.call_function(
+        aten.empty_strided.default, (list(like.shape), list(stride)), settings
+    )
     copy = graph.call_function(aten.copy.default, (room, x.node))
     return program._stand_in(copy, like.new_empty_strided(like.shape, stride))

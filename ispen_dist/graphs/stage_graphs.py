@@ -1,7 +1,8 @@
 """A stage as compiled phases, shared by all stages of the same structure and shapes.
 
 Which phases there are depends on what is wanted (`KINDS`): the value alone, the gradient, an exact
-Hessian product, or a Gauss-Newton product. See `phases` for when each runs, `linalg.stages` for the notation.
+Hessian product, or a Gauss-Newton product. See `phases` for when each runs, `linalg.stages` for the
+notation.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ispen_dist.graphs.compiler import Compiled, Compiler, spec_of
-from ispen_dist.graphs.phases import Phase, split
+from ispen_dist.graphs.phases import Phase, outputs_of, split
 from ispen_dist.graphs.program import recorded_as
 from ispen_dist.graphs.tracing import Draw, Traced, refusing_data_dependence, trace
 from ispen_dist.linalg.staged import StagedFunction
@@ -189,9 +190,7 @@ KINDS: dict[str, Callable[[_Flat, Iterator[Tensor]], list[State]]] = {
 }
 
 
-def stage_graphs(
-    compiler: Compiler, kind: str, model: StagedFunction
-) -> list[StageGraph]:
+def stage_graphs(compiler: Compiler, kind: str, model: StagedFunction) -> list[StageGraph]:
     """Return the phases of every stage of a function, without computing it."""
     graphs: list[StageGraph] = []
     state: State = ()
@@ -199,7 +198,7 @@ def stage_graphs(
         p = {key: model.parameters[key] for key in stage.keys}
         graphs.append(stage_graph(compiler, kind, stage, model.frozen, p, state))
         phase = graphs[-1].phases[VALUE]
-        results = phase.module.graph.output_node().args[0][: phase.num_results]
+        results = outputs_of(phase.module)[: phase.num_results]
         state = tuple(node.meta["val"] for node in results)
     return graphs
 

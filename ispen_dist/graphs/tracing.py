@@ -93,8 +93,8 @@ def refusing_data_dependence(name: str) -> Iterator[None]:
         yield
     except DataDependentOutputException as error:
         raise StageError(
-            f"{name}: expected a function whose shapes do not depend on values, found {error.func}; "
-            "it cannot be compiled, set compile.inner=false and compile.curvature=false"
+            f"{name}: expected shapes that do not depend on values, found {error.func}; it "
+            "cannot be compiled, set compile.inner=false and compile.curvature=false"
         ) from error
 
 

@@ -9,8 +9,6 @@ is here: inner products, gathering one stage, and summing one stage's gradient i
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from torch import Tensor
-
 from ispen_dist.linalg.reduction import Reduction, agreed_products, sum_tree
 from ispen_dist.linalg.trees import Tree
 from ispen_dist.linalg.vectors import Local, Vectors

@@ -68,7 +68,9 @@ class Passes(Protocol):
         """Return the next state."""
         ...
 
-    def tangent(self, stage: Stage, p: Tree, v: Tree, s: State, s_dot: State) -> tuple[State, State]:
+    def tangent(
+        self, stage: Stage, p: Tree, v: Tree, s: State, s_dot: State
+    ) -> tuple[State, State]:
         """Return the next state and its tangent."""
         ...
 
@@ -103,7 +105,9 @@ class EagerPasses:
         """See `Passes.value`."""
         return stage.apply(p, s)
 
-    def tangent(self, stage: Stage, p: Tree, v: Tree, s: State, s_dot: State) -> tuple[State, State]:
+    def tangent(
+        self, stage: Stage, p: Tree, v: Tree, s: State, s_dot: State
+    ) -> tuple[State, State]:
         """See `Passes.tangent`."""
         p, s = as_leaves(p), leaves(s)
         f = stage.apply(p, s)

@@ -1,9 +1,9 @@
 """From hashed token features to contextual vectors: embedding, BiLSTM, transformer.
 
 Everything here can be differentiated by reverse over reverse, on CPU, to any order: embeddings are
-gathered (EmbeddingBag has no second derivative), attention is `ops.attention` (PyTorch's fused kernels
-have none) with a finite mask bias, so that no gradient of an infinity becomes NaN. On a GPU the second
-derivative of `nn.LSTM` needs `torch.backends.cudnn.flags(enabled=False)` around the call.
+gathered (EmbeddingBag has no second derivative), attention is `ops.attention` (PyTorch's fused
+kernels have none) with a finite mask bias, so that no gradient of an infinity becomes NaN. On a GPU
+the second derivative of `nn.LSTM` needs cuDNN switched off around the call.
 
 Dropout reads the global random state of PyTorch: the same seed before a call gives the same masks.
 

@@ -1,8 +1,8 @@
 """When two stages are the same function, so that one compiled form serves both.
 
-Equality is by everything a function can read: code, closures, arguments, and for modules their type,
-settings, parameter shapes and children. What is not understood, a buffer or an object of an unknown
-type, is equal to itself alone, so that a doubt costs a compilation and never a wrong number.
+Equality is by everything a function can read: code, closures, arguments, and for modules their
+type, settings, parameter shapes and children. What is not understood, a buffer or an object of an
+unknown type, is equal to itself alone: a doubt costs a compilation and never a wrong number.
 """
 
 from collections.abc import Hashable, Mapping
@@ -64,4 +64,4 @@ def _module(module: nn.Module, seen: dict[int, tuple[int, Any]]) -> Hashable:
 
 
 _BASE = frozenset(vars(nn.Module()))
-"""Attributes that every module has: registries, read above, and hooks, which no stage runs under."""
+"""Attributes of every module: registries, read above, and hooks, which no stage runs under."""

@@ -19,8 +19,9 @@ def attention(
 ) -> Tensor:
     """Return `dropout(softmax(q k^T / sqrt(H) + key_bias)) v`.
 
-    On a GPU without dropout it is the fused kernel of `ispen_kernels.attention`, in memory linear
-    in T and differentiable twice; otherwise plain PyTorch, differentiable to any order.
+    On a GPU, in 16 bits and without dropout, it is the fused kernel of `ispen_kernels.attention`,
+    in memory linear in T and differentiable twice; otherwise plain PyTorch, differentiable to any
+    order. In float32 the kernel's tangents spill registers, so it has to be asked for.
 
     Args:
         q: queries, (B, N, T, H).
@@ -32,7 +33,10 @@ def attention(
     Returns:
         (B, N, T, H).
     """
-    if chosen(can_run=dropout is None and _kernel_runs(q, k, v), is_better=q.is_cuda):
+    if chosen(
+        can_run=dropout is None and _kernel_runs(q, k, v),
+        is_better=q.is_cuda and q.element_size() == 2,
+    ):
         from ispen_kernels.attention import attention as fused
 
         return fused(q, k, v, key_bias)

@@ -76,6 +76,10 @@ class RunFolder:
         self._console.message(f"run folder: {self.path}")
         self._console.start(num_rounds, "training", first_round)
 
+    def message(self, text: str) -> None:
+        """Show a line, on the main process."""
+        self._console.message(text)
+
     def _add_to_curve(self, step: int, dev: Mapping[str, Any]) -> None:
         name = next(n for n in dev if n not in ("step", "phase"))
         self._dev_curve.append((step, dev[name]))
