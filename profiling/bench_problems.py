@@ -14,6 +14,7 @@ Shapes: B batch, T tokens, F hashed features per token, K tags.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from ispen_dist.data.datasets import Codec, MultiLabelCodec, TaggingCodec
 from ispen_dist.data.token_features import HashedTokenFeatures
 from ispen_dist.linalg import trees
 from ispen_dist.linalg.operators import Loss
+from ispen_dist.linalg.staged_operators import StagedLoss
 from ispen_dist.linalg.trees import Tree
 from ispen_dist.losses import Losses
 from ispen_dist.players import Players, build_players, replicated
@@ -42,7 +44,7 @@ class Problem:
         players: both networks; `theta` has the inference network's own values.
         batch: of both losses.
         theta: point of the solve.
-        phi: learned parameters of the energy, away from the network's own values.
+        phi: learned parameters of the energy, away from zero; the network's own.
         damping: added to the diagonal of the Hessian, in units of the inner loss.
     """
 
@@ -63,7 +65,7 @@ class Problem:
         """Type of all floating-point values."""
         return self.batch.weight.dtype
 
-    @property
+    @cached_property
     def losses(self) -> Losses:
         """Both losses in all their forms."""
         return Losses(self.players, replicated(self.players))
@@ -77,8 +79,17 @@ class Problem:
         generator = torch.Generator(self.device).manual_seed(0)
         return self.losses.outer_graph(self.batch, generator)
 
+    def inner_staged(self) -> StagedLoss:
+        """Return G by stages, as the compiled path takes it."""
+        return self.losses.inner_staged(self.batch)
+
+    def outer_staged(self) -> StagedLoss:
+        """Return L by stages."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        return self.losses.outer_staged(self.batch, generator)
+
     def gradient(self) -> Tree:
-        """Compute one eager first-order gradient of G in theta: the unit of all figures."""
+        """Compute one eager first-order gradient of G in theta."""
         theta = trees.as_leaves(self.theta)
         total, count = self.inner()(theta, self.phi)
         grads = torch.autograd.grad(total / count, list(theta.values()))
@@ -237,6 +248,9 @@ def _build(
     }
     players.inference_net.to(dtype)
     players.energy.to(dtype)
+    with torch.no_grad():
+        for key, value in phi.items():
+            players.phi[key].copy_(value)
     theta = trees.detached(players.theta)
     return Problem(name, players, batch.to(device, dtype), theta, phi, damping)
 
