@@ -290,11 +290,17 @@ class CompileConfig:
     """Compiled functions and kernels: the same numbers, faster."""
 
     inner: bool = False
-    """Compile the inner step: forward, energy, backward and optimizer, one function for all steps
-    of a round. Not for a bilstm, whose shapes depend on lengths, nor under DeepSpeed and FSDP2."""
+    """Compile the inner step: forward, energy, backward and optimizer. Not for a bilstm, whose
+    shapes depend on lengths, nor under DeepSpeed and FSDP2."""
+    whole_round: bool = False
+    """With compile.inner, make all inner steps of a round one function that does not return to
+    Python in between; compiling it takes longer, the more blocks and steps the longer."""
     curvature: bool = False
     """Compile the curvature, split by what is known when: what depends on the solve point alone is
     computed once per solve. Not for a bilstm."""
+    backend: Literal["inductor", "trace"] = "inductor"
+    """inductor generates code; trace runs the traced graphs operation by operation, without waiting
+    for code, to look for errors."""
     kernels: Literal["auto", "reference", "always"] = "auto"
     """Hand-written kernels: where they are the better choice, nowhere, or wherever they can run
     (also in Triton's interpreter on a CPU, which is slow)."""

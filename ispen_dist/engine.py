@@ -283,7 +283,8 @@ class ReplicatedEngine(Engine):
         gradient = scaled(gradient, clip_factor(norm, self.phase.config.clip_norm))
         self._prepare(self._adamw.param_groups)
         for name, part in gradient.items():
-            self._parameters[name].grad = part
+            # The fused kernel reads a gradient in the order of memory, whatever its strides.
+            self._parameters[name].grad = part.contiguous()
         self._adamw.step()
         self._adamw.zero_grad()
         self.num_taken += 1

@@ -1,11 +1,11 @@
-"""The inner steps of a round as one compiled function.
+"""The inner steps of a round, compiled.
 
 One step: the inference network forward, the energy at its output, backward, the mean over the
-batch, clipping, AdamW. All steps of a round are one program of `graphs.program` whose subgraphs are
-the stages, the output loss, the optimizer, and the step itself, each compiled once; between the
-first step and the last nothing returns to Python. Where ranks share a batch, gradients are summed
-over them in every step, so there the program is one step's forward and backward, and the engine
-does the rest.
+batch, clipping, AdamW; its parts are the stages, the output loss and the optimizer, each compiled
+once. They are called one after the other, so that compile time does not grow with depth, or
+recorded: then all steps of a round are one program of `graphs.program`, and between the first step
+and the last nothing returns to Python. Where ranks share a batch, gradients are summed over them in
+every step, so there a program is one step's forward and backward, and the engine does the rest.
 
 The numbers are those of `inner.inner_step`: the same masks, drawn beforehand from the same state,
 and the same optimizer kernel.
@@ -37,10 +37,19 @@ class InnerProgram:
     Args:
         players: both networks.
         engines: with their optimizers, both replicated.
-        compiler: remembers programs by the shapes of batches.
+        compiler: remembers parts and programs by the shapes of batches.
+        whole_round: record all steps as one program.
     """
 
-    def __init__(self, players: Players, engines: Engines, compiler: Compiler) -> None:
+    def __init__(
+        self,
+        players: Players,
+        engines: Engines,
+        compiler: Compiler,
+        *,
+        whole_round: bool = False,
+    ) -> None:
+        self._whole_round = whole_round
         assert isinstance(engines.inference_net, ReplicatedEngine)
         self._players, self._engines, self._compiler = players, engines, compiler
         self._engine = engines.inference_net
@@ -99,11 +108,21 @@ class InnerProgram:
             [*batch.tensors().values(), *mask, *self._scalars(state[0], i)]
             for i, (batch, mask) in enumerate(zip(batches, masks, strict=True))
         ]
-        key = ("inner steps", len(batches), shaped.key, spec_of([*state, *fixed, *per_step[0]]))
-        function = self._compiler.once(key, lambda: self._record(shaped, state, fixed, per_step))
-        results = list(function(*state, *fixed, *(x for step in per_step for x in step)))
-        self._engine.accept(results[: len(state)], len(batches))
-        rows = torch.stack(results[len(state) :]).view(len(batches), -1)
+        if self._whole_round:
+            key = ("inner steps", len(batches), shaped.key, spec_of([*state, *fixed, *per_step[0]]))
+            function = self._compiler.once(
+                key, lambda: self._record(shaped, state, fixed, per_step)
+            )
+            results = list(function(*state, *fixed, *(x for step in per_step for x in step)))
+            now, figures = results[: len(state)], results[len(state) :]
+        else:
+            now, figures = state, []
+            for own in per_step:
+                results = self._one_step(shaped, now, fixed, own)
+                now = results[: len(state)]
+                figures += results[len(state) :]
+        self._engine.accept(now, len(batches))
+        rows = torch.stack(figures).view(len(batches), -1)
         return [dict(zip(_FIGURES, row.unbind(), strict=True)) for row in rows]
 
     def _scalars(self, like: Tensor, i: int) -> list[Tensor]:
@@ -165,10 +184,14 @@ class InnerProgram:
             gradient, sums = shaped.gradient(*inputs, program.inputs("own", own))
             return self._compiler.compile(program.finish([*gradient, *sums]), "inner gradient")
 
-        key = ("inner gradient", shaped.key, spec_of([*theta, *fixed, *own]))
-        results = list(self._compiler.once(key, record)(*theta, *fixed, *own))
-        likelihood, energy, count = results[len(theta) :]
-        gradient = dict(zip(engine.trained(), results[: len(theta)], strict=True))
+        if self._whole_round:
+            key = ("inner gradient", shaped.key, spec_of([*theta, *fixed, *own]))
+            results = list(self._compiler.once(key, record)(*theta, *fixed, *own))
+            parts, sums = results[: len(theta)], results[len(theta) :]
+        else:
+            parts, sums = shaped.gradient(theta, fixed, own)
+        likelihood, energy, count = sums
+        gradient = dict(zip(engine.trained(), parts, strict=True))
         means, norm = engine.step_along(gradient, [likelihood, energy], count)
         return _figures(means, shaped.energy_weight, norm)
 
@@ -296,7 +319,7 @@ class _Shaped:
         engine = self._engines.inference_net
         assert isinstance(engine, ReplicatedEngine)
         settings, weight = engine.adamw_settings, self.energy_weight
-        examples = [x.node.meta["val"] for x in inputs]
+        examples = [x if isinstance(x, Tensor) else x.node.meta["val"] for x in inputs]
         size = (len(inputs) - 5) // 4
 
         def function(*tensors: Tensor) -> list[Tensor]:
@@ -306,7 +329,9 @@ class _Shaped:
             likelihood, energy, count, rate, number = tensors[4 * size :]
             mean = torch._foreach_mul(gradient, 1.0 / count)
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(mean)))
-            mean = torch._foreach_mul(mean, clip_factor(norm, clip_norm))
+            clipped = torch._foreach_mul(mean, clip_factor(norm, clip_norm))
+            # The fused kernel reads a gradient in the order of memory, whatever its strides.
+            mean = [x.contiguous() for x in clipped]
             theta, _, first, second, _ = torch.ops.aten._fused_adamw.tensor_lr(
                 theta, mean, first, second, [], [number] * size,
                 lr=rate, amsgrad=False, maximize=False, **settings,

@@ -50,7 +50,9 @@ class Trainer:
         self.config, self.splits, self.session, self.folder = config, splits, session, folder
         check_runtime(config, session.runtime)
         ops.set_kernels(config.compile.kernels)
-        self.compiler = Compiler(report=folder.message) if config.compile.any else None
+        self.compiler: Compiler | None = None
+        if config.compile.any:
+            self.compiler = Compiler(config.compile.backend, folder.message)
         self.round = 0
         built = build_players(config, splits.codec, torch.device("cpu"))
         self.engines = Engines(
@@ -121,7 +123,12 @@ class Trainer:
         self.inner_program: InnerProgram | None = None
         if config.compile.inner:
             assert self.compiler is not None
-            self.inner_program = InnerProgram(self.players, self.engines, self.compiler)
+            self.inner_program = InnerProgram(
+                self.players,
+                self.engines,
+                self.compiler,
+                whole_round=config.compile.whole_round,
+            )
 
     # -- the loop ------------------------------------------------------------------------------
 

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Before anything imports Triton: its kernels run in the interpreter where there is no GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Two test processes share two cores.
 torch.set_num_threads(1)
 

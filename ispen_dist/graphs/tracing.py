@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._inductor.decomposition import select_decomp_table
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ispen_dist.linalg.stages import StageError
@@ -91,7 +95,7 @@ def refusing_data_dependence(name: str) -> Iterator[None]:
     """Turn the tracer's complaint about values into an error that names the function."""
     try:
         yield
-    except DataDependentOutputException as error:
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise StageError(
             f"{name}: expected shapes that do not depend on values, found {error.func}; it "
             "cannot be compiled, set compile.inner=false and compile.curvature=false"

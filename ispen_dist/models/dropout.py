@@ -15,5 +15,7 @@ class Dropout(nn.Dropout):
         """Return x with entries left out at random in training, the rest scaled up."""
         if not self.training or self.p == 0.0:
             return x
+        if self.p == 1.0:
+            return torch.zeros_like(x)
         keep = 1.0 - self.p
         return x * (torch.bernoulli(torch.empty_like(x), keep) / keep)
