@@ -327,7 +327,7 @@ class _Shaped:
                 list(tensors[i * size : (i + 1) * size]) for i in range(4)
             )
             likelihood, energy, count, rate, number = tensors[4 * size :]
-            mean = torch._foreach_mul(gradient, 1.0 / count)
+            mean = list(torch._foreach_mul(gradient, 1.0 / count))
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(mean)))
             clipped = torch._foreach_mul(mean, clip_factor(norm, clip_norm))
             # The fused kernel reads a gradient in the order of memory, whatever its strides.

@@ -265,7 +265,12 @@ def errors_of(work: list[Work], wanted: dict[str, Tree]) -> list[float]:
 
 
 def rows(
-    problem: Problem, work: list[Work], errors: list[float], repetitions: tuple[int, int]
+    problem: Problem,
+    work: list[Work],
+    errors: list[float],
+    repetitions: tuple[int, int],
+    *,
+    peak_of_solves: bool,
 ) -> list[list]:
     """Time the work and return one CSV row each.
 
@@ -274,6 +279,7 @@ def rows(
         work: of all systems.
         errors: against float64.
         repetitions: of gradients and products, and of hypergradients; the unit runs beside both.
+        peak_of_solves: measure the memory of whole hypergradients too, one more run of each.
     """
     device = problem.device
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine() + " cpu"
@@ -295,7 +301,8 @@ def rows(
         ratio = statistics.median(t / unit for t, unit in zip(times, units, strict=True))
         middle = statistics.median(times)
         spread = statistics.quantiles(times, n=5) if len(times) > 1 else [middle] * 4
-        peak = "" if w.system == "jax" else peak_bytes(w.whole or w.run, device)
+        seen = w.system != "jax" and (peak_of_solves or not w.what.startswith("hypergradient"))
+        peak = peak_bytes(w.whole or w.run, device) if seen else ""
         versions = f"{w.versions} python {platform.python_version()}"
         result.append(
             [w.system, w.what, problem.name, name, torch.get_num_threads(), f"{middle:.6f}",
@@ -363,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if small
         else ((3, 1) if arguments.quick else (7, 2))
     )
-    result = rows(problem, work, errors, many)
+    result = rows(problem, work, errors, many, peak_of_solves=small)
     title = f"{problem.name}, {result[0][3]}, {arguments.threads} thread(s)"
     show(title, result, console)
     if arguments.output:
