@@ -22,7 +22,14 @@ from ispen_dist.engine import Engines, ReplicatedEngine, clip_factor
 from ispen_dist.graphs.compiler import CompiledGraph, Compiler, spec_of
 from ispen_dist.graphs.phases import outputs_of
 from ispen_dist.graphs.program import Program
-from ispen_dist.graphs.stage_graphs import VALUE, StageGraph, StagePoint, assemble, stage_graphs
+from ispen_dist.graphs.stage_graphs import (
+    VALUE,
+    StageGraph,
+    StagePoint,
+    as_traced,
+    assemble,
+    stage_graphs,
+)
 from ispen_dist.graphs.tracing import trace
 from ispen_dist.inner import Statistics
 from ispen_dist.linalg.staged import StagedFunction
@@ -168,6 +175,9 @@ class InnerProgram:
         *batch_and_masks, rate, number = own
         theta = state[: len(state) // 3]
         gradient, sums = shaped.gradient(theta, fixed, batch_and_masks)
+        # The fused kernel reads a gradient in the order of memory, whatever its strides.
+        likes = (x if isinstance(x, Tensor) else x.node.meta["val"] for x in theta)
+        gradient = [as_traced(g, p.stride()) for g, p in zip(gradient, likes, strict=True)]
         inputs = [*state, *gradient, *sums, rate, number]
         return list(shaped.update(self._engine.phase.config.clip_norm, inputs)(*inputs))
 
@@ -329,9 +339,7 @@ class _Shaped:
             likelihood, energy, count, rate, number = tensors[4 * size :]
             mean = list(torch._foreach_mul(gradient, 1.0 / count))
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(mean)))
-            clipped = torch._foreach_mul(mean, clip_factor(norm, clip_norm))
-            # The fused kernel reads a gradient in the order of memory, whatever its strides.
-            mean = [x.contiguous() for x in clipped]
+            mean = list(torch._foreach_mul(mean, clip_factor(norm, clip_norm)))
             theta, _, first, second, _ = torch.ops.aten._fused_adamw.tensor_lr(
                 theta, mean, first, second, [], [number] * size,
                 lr=rate, amsgrad=False, maximize=False, **settings,

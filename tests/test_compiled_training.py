@@ -10,7 +10,7 @@ from test_training import TRAIN, metric_rows, run, tagged_text, train
 
 BUCKETS = "--compile.buckets=[8]"
 NETS = ("inference_net", "energy.features")
-COMPILED = ["--compile.inner=true", "--compile.curvature=true"]
+COMPILED = ["--compile.inner=true", "--compile.curvature=true", "--compile.backend=trace"]
 NO_DROPOUT = [f"--{net}.{kind}=0" for net in NETS for kind in ("dropout", "feature_dropout")]
 """Ranks draw masks of their own."""
 SETTINGS = {
@@ -110,7 +110,7 @@ def test_a_compiled_run_of_a_transformer_follows_the_plain_one(tagging, tmp_path
 
 
 def test_two_ranks_with_a_compiled_inner_step_follow_one(multilabel, tmp_path):
-    exact = [BUCKETS, "--compile.inner=true", *NO_DROPOUT]
+    exact = [BUCKETS, "--compile.inner=true", "--compile.backend=trace", *NO_DROPOUT]
     train(multilabel, tmp_path / "one", *exact)
     run(
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",

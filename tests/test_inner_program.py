@@ -37,6 +37,7 @@ class Run:
 
     def __init__(self, task, backend=None, weight=0.5, phase=PHASE, frozen=(), **net):
         self.weight, self.num_taken = weight, 0
+        whole_round = net.pop("whole_round", True)
         self.players = players_of(task, **net)
         for name in frozen:
             self.players.theta[name].requires_grad_(False)
@@ -44,7 +45,7 @@ class Run:
         self.engine = self.engines.inference_net
         self.engine.begin(phase)
         self.compiler = Compiler(backend or "trace")
-        program = InnerProgram(self.players, self.engines, self.compiler)
+        program = InnerProgram(self.players, self.engines, self.compiler, whole_round=whole_round)
         self.program = program if backend else None
 
     def steps(self, batches):
@@ -125,21 +126,27 @@ def compare(task, backend, weight, num_rounds=NUM_ROUNDS, **settings):
     return run, rows
 
 
+@pytest.mark.parametrize("whole_round", [True, False])
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 @pytest.mark.parametrize("task", TASKS)
-def test_compiled_steps_are_the_plain_ones(task, weight):
-    run, rows = compare(task, "trace", weight)
+def test_compiled_steps_are_the_plain_ones(task, weight, whole_round):
+    run, rows = compare(task, "trace", weight, whole_round=whole_round)
     norms = [row["gradient_norm"].item() for row in rows]
     assert max(norms) > OPTIMIZER.clip_norm  # clipping is seen
     assert all((row["energy"].item() != 0.0) == (weight > 0.0) for row in rows)
-    assert [name for name in run.compiler.names if "inner steps" in name] == ["4 inner steps"]
-    assert len(run.compiler.names) == 1
+    if whole_round:
+        assert run.compiler.names == ["4 inner steps"]
+    else:  # every part once, both blocks of the transformer in one
+        assert len(set(run.compiler.names)) == len(run.compiler.names)
+        assert run.compiler.names.count("update") == 1
+        assert not any("blocks.1" in name for name in run.compiler.names)
 
 
-@pytest.mark.parametrize(("task", "weight"), [("multilabel", 0.5), ("transformer", 0.0)])
-def test_generated_code_takes_the_plain_steps(task, weight):
-    run, _ = compare(task, "inductor", weight, num_rounds=2, num_layers=1)
-    assert run.compiler.names == ["4 inner steps"]
+@pytest.mark.parametrize("whole_round", [True, False])
+def test_generated_code_takes_the_plain_steps(whole_round):
+    settings = {"num_rounds": 2, "num_layers": 1, "whole_round": whole_round}
+    run, _ = compare("multilabel", "inductor", 0.5, **settings)
+    assert ("4 inner steps" in run.compiler.names) == whole_round
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -90,7 +90,7 @@ class StagePoint:
     def _run(self, number: int, known: dict[str, Tensor], fresh: State | list[Tensor]) -> State:
         phase = self._graph.phases[number]
         for (name, stride), x in zip(self._graph.inputs.get(number, ()), fresh, strict=True):
-            known[name] = _as_traced(x, stride)
+            known[name] = as_traced(x, stride)
         results = self._graph.functions[number](*(known[name] for name in phase.reads))
         known.update(zip(phase.leaves, results[phase.num_results :], strict=True))
         return tuple(results[: phase.num_results])
@@ -101,7 +101,7 @@ class StagePoint:
         self._solve = {name: x for name, x in self._solve.items() if name in read}
 
 
-def _as_traced(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+def as_traced(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     """Return a tensor that lies in memory as the compiled code expects."""
     if isinstance(x, fx.Proxy):
         return recorded_as(x, stride)
