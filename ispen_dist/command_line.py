@@ -192,6 +192,9 @@ def _check_names(values: Any, section: str = "") -> None:
 def _nearest(name: str, known: Iterable[str]) -> str:
     """Return the known name most like an unknown one, of its own section if any is alike."""
     section, _, key = name.rpartition(".")
+    known = list(known)
+    if inside := [n for n in known if n.startswith(f"{name}.")]:
+        return inside[0]
     leaves = {n.rpartition(".")[2]: n for n in known}
     siblings = {n.rpartition(".")[2]: n for n in known if n.rpartition(".")[0] == section}
     for names, cutoff in ((siblings, 0.6), (leaves, 0.8), (siblings if section else {}, 0.25)):
