@@ -234,7 +234,6 @@ def test_kernels_compile_for_hopper(name):
             assert fact["wide_products"], fact
 
 
-@pytest.mark.xfail(reason="Triton 3.9: an assertion in LLVM's SLPVectorizer", strict=False)
 def test_value_and_tangent_in_float32_compile_at_head_size_32():
     assert compiled_facts("narrow")
 

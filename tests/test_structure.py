@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import sys
+import tomllib
 from pathlib import Path
 
 import problems
@@ -82,6 +84,21 @@ def test_the_import_name_kernels_is_not_ours():
     """transformers probes a package of that name; see fact 8 of the design."""
     spec = importlib.util.find_spec("kernels")
     assert spec is None or ROOT not in Path(str(spec.origin)).parents
+
+
+def test_the_package_list_is_complete():
+    """Listed by hand, since a folder is installed under another name."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        setuptools = tomllib.load(file)["tool"]["setuptools"]
+    folders = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in PACKAGE.rglob("*/*.py")}
+    assert set(setuptools["packages"]) == folders | {"ispen_dist", "ispen_kernels"}
+    assert setuptools["package-dir"] == {"ispen_kernels": "kernels"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_kernels_import_torch_and_triton_only(path):
+    allowed = {"torch", "triton", "ispen_kernels", *sys.stdlib_module_names}
+    assert {name.split(".")[0] for name in imported_names(path)} <= allowed
 
 
 def test_every_network_and_energy_has_a_tiny_problem():
