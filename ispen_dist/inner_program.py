@@ -167,7 +167,8 @@ class InnerProgram:
             now = results[: len(state)]
             figures += results[len(state) :]
         name = f"{len(per_step)} inner steps"
-        return self._compiler.compile(program.finish([*now, *figures]), name)
+        # Everything it returns is copied before the next call.
+        return self._compiler.compile(program.finish([*now, *figures]), name, replayed=True)
 
     def _one_step(
         self, shaped: "_Shaped", state: list[Tensor], fixed: list[Tensor], own: list[Tensor]

@@ -129,7 +129,7 @@ class Losses:
             self._potentials(batch, dtype),
             "inner_loss",
             batch.tensors(),
-            ("inner_loss", id(self)),
+            ("inner_loss", self),
         )
 
     def outer_staged(

@@ -30,6 +30,7 @@ from ispen_dist.losses import Losses
 from ispen_dist.models.encoders import TransformerBlock, TransformerEncoder, mask_bias
 from ispen_dist.models.stages import Part, StagedNetwork, stages_at
 from ispen_dist.models.structure import structure
+from ispen_dist.ops import using_kernels
 from ispen_dist.players import build_players, replicated
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -442,3 +443,27 @@ def test_a_stage_that_draws_by_itself_is_refused_by_name():
     )
     with pytest.raises(StageError, match=message):
         build_staged_operator("hessian", loss)
+
+
+# -- kernels -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_attention_kernels_take_their_place_in_the_phases(curvature):
+    """Value and gradient once per solve, tangents for every product; in Triton's interpreter."""
+    pytest.importorskip("triton")
+    losses, batch = tiny("transformer"), problems.random_batch("transformer", 3, 1)
+    whole = build_operator(curvature, losses.inner_graph(batch), losses.theta(), losses.phi())
+    with using_kernels("always"):
+        operator = CompiledOperator(losses.inner_staged(batch), Compiler("trace"), curvature)
+        assert_the_same_operator(operator, whole, losses)
+    block = operator._model._points[2]._graph
+    by_phase = {
+        number: {str(n.target) for n in phase.module.graph.nodes if "ispen." in str(n.target)}
+        for number, phase in block.phases.items()
+    }
+    assert by_phase[VALUE] == {"ispen.attention_forward.default"}
+    assert "ispen.attention_backward.default" in by_phase[GRADIENT]
+    assert by_phase[TANGENT] == {"ispen.attention_tangent.default"}
+    exact = "ispen.attention_backward_tangent.default" in by_phase[PRODUCT]
+    assert exact == (curvature == "hessian")

@@ -43,14 +43,18 @@ class Compiler:
             self.seconds += time.perf_counter() - begin
         return self._built[key]
 
-    def compile(self, module: fx.GraphModule, name: str) -> "CompiledGraph":
+    def compile(
+        self, module: fx.GraphModule, name: str, *, replayed: bool = False
+    ) -> "CompiledGraph":
         """Return a pure graph as a function; code is generated at its first call.
 
         Args:
             module: with shapes that do not change.
             name: for the report.
+            replayed: on a GPU, record its launches once and replay them (CUDA graphs). What it
+                returned is overwritten by the next call.
         """
-        return CompiledGraph(self, module, name)
+        return CompiledGraph(self, module, name, replayed)
 
     def finished(self, name: str, seconds: float) -> None:
         """Enter one compiled function."""
@@ -67,8 +71,10 @@ class CompiledGraph:
     Called while a `Program` is recorded, it becomes a part of that program.
     """
 
-    def __init__(self, compiler: Compiler, module: fx.GraphModule, name: str) -> None:
-        self._compiler, self._name = compiler, name
+    def __init__(
+        self, compiler: Compiler, module: fx.GraphModule, name: str, replayed: bool = False
+    ) -> None:
+        self._compiler, self._name, self._replayed = compiler, name, replayed
         self._module = module
         self._function: Compiled | None = None
 
@@ -88,7 +94,8 @@ class CompiledGraph:
             return self._module
         # Not torch.compile: there is no Python to trace, and nothing to guard. A tensor of another
         # shape or stride raises.
-        return torch._inductor.compile(self._module, list(tensors))
+        options = {"triton.cudagraphs": self._replayed and tensors[0].is_cuda}
+        return torch._inductor.compile(self._module, list(tensors), options=options)
 
 
 def spec_of(tensors: Sequence[Tensor]) -> Hashable:
