@@ -2,7 +2,7 @@
 
 One step: the inference network forward, the energy at its output, backward, the mean over the
 batch, clipping, AdamW; its parts are the stages, the output loss and the optimizer, each compiled
-once. They are called one after the other, so that compile time does not grow with depth, or
+once: with depth only the optimizer's graph grows. They are called one after the other, or
 recorded: then all steps of a round are one program of `graphs.program`, and between the first step
 and the last nothing returns to Python. Where ranks share a batch, gradients are summed over them in
 every step, so there a program is one step's forward and backward, and the engine does the rest.
