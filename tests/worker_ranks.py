@@ -220,7 +220,11 @@ def main() -> None:
     if "trajectory" in wanted:
         for task in TRAJECTORIES:
             result |= {f"{task}/{k}": v for k, v in trajectory(session, task).items()}
-    save_file(result, folder / f"rank{session.rank}.safetensors")
+    # A gradient may lie by columns (`constant_linear`); safetensors stores rows only.
+    save_file(
+        {name: value.contiguous() for name, value in result.items()},
+        folder / f"rank{session.rank}.safetensors",
+    )
     session.close()
 
 
