@@ -198,7 +198,8 @@ def _through_solution(
     """Solve, and insert the solution in the equation at the head of this file."""
     value, d_theta, explicit = outer
     solution = solver.solve(operator.matvec, d_theta, shift=damping, vectors=vectors, start=start)
-    implicit = {key: part.neg() for key, part in operator.mixed(solution.value).items()}
+    mixed = operator.mixed(solution.value, solution.combination)
+    implicit = {key: part.neg() for key, part in mixed.items()}
     return Hypergradient(explicit, implicit, solution, value, operator.value, operator.gradient)
 
 

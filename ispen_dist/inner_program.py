@@ -1,11 +1,14 @@
 """The inner steps of a round, compiled.
 
 One step: the inference network forward, the energy at its output, backward, the mean over the
-batch, clipping, AdamW; its parts are the stages, the output loss and the optimizer, each compiled
-once: with depth only the optimizer's graph grows. They are called one after the other, or
-recorded: then all steps of a round are one program of `graphs.program`, and between the first step
-and the last nothing returns to Python. Where ranks share a batch, gradients are summed over them in
-every step, so there a program is one step's forward and backward, and the engine does the rest.
+batch, clipping, AdamW. Stages and output loss are compiled, each once, so that compile time does
+not grow with depth; the optimizer's operations are fused over all parameters already, and the
+engine calls them as they are.
+
+Or the steps are recorded (`whole_round`): then all steps of a round, with the optimizer's, are one
+program of `graphs.program`, and between the first step and the last nothing returns to Python.
+Where ranks share a batch, gradients are summed over them in every step, so there a program is one
+step's forward and backward, and the engine does the rest.
 
 The numbers are those of `inner.inner_step`: the same masks, drawn beforehand from the same state,
 and the same optimizer kernel.
@@ -81,7 +84,8 @@ class InnerProgram:
             For every step the statistics of `inner.inner_step`.
         """
         shapes = {spec_of(list(batch.tensors().values())) for batch in batches}
-        together = len(shapes) == 1 and self._engine.layout.reduction.num_ranks == 1
+        alone = self._engine.layout.reduction.num_ranks == 1
+        together = self._whole_round and alone and len(shapes) == 1
         result: list[Statistics] = []
         groups = [list(batches)] if together else [[batch] for batch in batches]
         for group in groups:
@@ -92,10 +96,10 @@ class InnerProgram:
                 seed(number)
                 masks.append([draw() for graph in shaped.graphs for draw in graph.draws])
                 after_masks(number)
-            if self._engine.layout.reduction.num_ranks > 1:
-                result.append(self._shared_step(shaped, group[0], masks[0]))
+            if self._whole_round and alone:
+                result += self._recorded_steps(shaped, group, masks)
             else:
-                result += self._steps(shaped, group, masks)
+                result.append(self._step(shaped, group[0], masks[0]))
         return result
 
     def _shaped(self, batch: Batch, energy_weight: float) -> "_Shaped":
@@ -105,9 +109,9 @@ class InnerProgram:
             lambda: _Shaped(self._players, self._engines, self._compiler, batch, energy_weight),
         )
 
-    # -- one process: all steps in one function -----------------------------------------------
+    # -- all steps in one function -------------------------------------------------------------
 
-    def _steps(
+    def _recorded_steps(
         self, shaped: "_Shaped", batches: list[Batch], masks: list[list[Tensor]]
     ) -> list[Statistics]:
         state, fixed = self._engine.state(), shaped.fixed()
@@ -115,19 +119,10 @@ class InnerProgram:
             [*batch.tensors().values(), *mask, *self._scalars(state[0], i)]
             for i, (batch, mask) in enumerate(zip(batches, masks, strict=True))
         ]
-        if self._whole_round:
-            key = ("inner steps", len(batches), shaped.key, spec_of([*state, *fixed, *per_step[0]]))
-            function = self._compiler.once(
-                key, lambda: self._record(shaped, state, fixed, per_step)
-            )
-            results = list(function(*state, *fixed, *(x for step in per_step for x in step)))
-            now, figures = results[: len(state)], results[len(state) :]
-        else:
-            now, figures = state, []
-            for own in per_step:
-                results = self._one_step(shaped, now, fixed, own)
-                now = results[: len(state)]
-                figures += results[len(state) :]
+        key = ("inner steps", len(batches), shaped.key, spec_of([*state, *fixed, *per_step[0]]))
+        function = self._compiler.once(key, lambda: self._record(shaped, state, fixed, per_step))
+        results = list(function(*state, *fixed, *(x for step in per_step for x in step)))
+        now, figures = results[: len(state)], results[len(state) :]
         self._engine.accept(now, len(batches))
         rows = torch.stack(figures).view(len(batches), -1)
         return [dict(zip(_FIGURES, row.unbind(), strict=True)) for row in rows]
@@ -151,8 +146,9 @@ class InnerProgram:
         """Record all steps: a program that calls one step's program, which calls the stages."""
         step = Program()
         module = step.finish(
-            self._one_step(
+            _recorded_step(
                 shaped,
+                self._engine.phase.config.clip_norm,
                 step.inputs("state", state),
                 step.inputs("fixed", fixed),
                 step.inputs("own", per_step[0]),
@@ -170,21 +166,9 @@ class InnerProgram:
         # Everything it returns is copied before the next call.
         return self._compiler.compile(program.finish([*now, *figures]), name, replayed=True)
 
-    def _one_step(
-        self, shaped: "_Shaped", state: list[Tensor], fixed: list[Tensor], own: list[Tensor]
-    ) -> list[Tensor]:
-        *batch_and_masks, rate, number = own
-        theta = state[: len(state) // 3]
-        gradient, sums = shaped.gradient(theta, fixed, batch_and_masks)
-        # The fused kernel reads a gradient in the order of memory, whatever its strides.
-        likes = (x if isinstance(x, Tensor) else x.node.meta["val"] for x in theta)
-        gradient = [as_traced(g, p.stride()) for g, p in zip(gradient, likes, strict=True)]
-        inputs = [*state, *gradient, *sums, rate, number]
-        return list(shaped.update(self._engine.phase.config.clip_norm, inputs)(*inputs))
+    # -- one step after the other --------------------------------------------------------------
 
-    # -- several ranks: the gradient of this rank in one function --------------------------------
-
-    def _shared_step(self, shaped: "_Shaped", batch: Batch, masks: list[Tensor]) -> Statistics:
+    def _step(self, shaped: "_Shaped", batch: Batch, masks: list[Tensor]) -> Statistics:
         engine = self._engine
         theta = [p.detach() for p in engine.trained().values()]
         fixed, own = shaped.fixed(), [*batch.tensors().values(), *masks]
@@ -205,6 +189,20 @@ class InnerProgram:
         gradient = dict(zip(engine.trained(), parts, strict=True))
         means, norm = engine.step_along(gradient, [likelihood, energy], count)
         return _figures(means, shaped.energy_weight, norm)
+
+
+def _recorded_step(
+    shaped: "_Shaped", clip_norm: float, state: list[Any], fixed: list[Any], own: list[Any]
+) -> list[Any]:
+    """Return the stand-ins of the next state, and of the figures of the step."""
+    *batch_and_masks, rate, number = own
+    theta = state[: len(state) // 3]
+    gradient, sums = shaped.gradient(theta, fixed, batch_and_masks)
+    # The fused kernel reads a gradient in the order of memory, whatever its strides.
+    strides = [p.node.meta["val"].stride() for p in theta]
+    gradient = [as_traced(g, stride) for g, stride in zip(gradient, strides, strict=True)]
+    inputs = [*state, *gradient, *sums, rate, number]
+    return list(shaped.update(clip_norm, inputs)(*inputs))
 
 
 _FIGURES = ("inner_loss", "likelihood", "energy", "gradient_norm")
@@ -326,11 +324,16 @@ class _Shaped:
         return self._compiler.once(key, build)
 
     def update(self, clip_norm: float, inputs: list[Any]) -> CompiledGraph:
-        """Return the optimizer's step on the mean: new state, and the figures of the step."""
+        """Return the optimizer's step on the mean: new state, and the figures of the step.
+
+        Args:
+            clip_norm: see `OptimizerConfig`.
+            inputs: stand-ins for state, gradient, sums, learning rate and number of the step.
+        """
         engine = self._engines.inference_net
         assert isinstance(engine, ReplicatedEngine)
         settings, weight = engine.adamw_settings, self.energy_weight
-        examples = [x if isinstance(x, Tensor) else x.node.meta["val"] for x in inputs]
+        examples = [x.node.meta["val"] for x in inputs]
         size = (len(inputs) - 5) // 4
 
         def function(*tensors: Tensor) -> list[Tensor]:

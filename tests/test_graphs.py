@@ -7,7 +7,17 @@ from collections import Counter
 import problems
 import pytest
 import torch
-from test_staged import MEMORY, NoPotentials, Tied, random_like, relative, square, staged_of, tiny
+from test_staged import (
+    MEMORY,
+    NoPotentials,
+    Tied,
+    assert_the_same_mixed_product,
+    random_like,
+    relative,
+    square,
+    staged_of,
+    tiny,
+)
 from torch import nn
 
 import ispen_dist
@@ -53,13 +63,10 @@ def assert_the_same_operator(operator, whole, losses):
     assert operator.value.item() == pytest.approx(whole.value.item(), rel=1e-12)
     assert list(operator.gradient) == list(whole.gradient)
     assert relative(operator.gradient, whole.gradient) < 1e-12
-    for seed in (1, 2):
-        v = random_like(losses.theta(), seed)
+    directions = [random_like(losses.theta(), seed) for seed in (1, 2)]
+    for v in directions:
         assert relative(operator.matvec(v), whole.matvec(v)) < 1e-12
-    q = random_like(losses.theta(), 3)
-    mixed = operator.mixed(q)
-    assert list(mixed) == list(losses.phi())
-    assert relative(mixed, whole.mixed(q)) < 1e-12
+    assert_the_same_mixed_product(operator, whole, losses, directions)
     # A mixed product, which uses the tangent alone, leaves the next product right.
     assert relative(operator.matvec(v), whole.matvec(v)) < 1e-12
 

@@ -186,3 +186,32 @@ def test_every_status_explains_itself():
 def test_impossible_settings_are_refused(build):
     with pytest.raises(ValueError, match=r"expected a"):
         build()
+
+
+@pytest.mark.parametrize("warm", [None, 0.9, 50.0], ids=["cold", "warm", "dropped"])
+@pytest.mark.parametrize("solver_name", SOLVERS)
+def test_the_combination_makes_the_solution_of_what_was_multiplied(solver_name, warm):
+    A, b = spectrum(30.0)
+    seen = []
+
+    def matvec(v):
+        seen.append(v["w"].clone())
+        return {"w": A @ v["w"]}
+
+    limits = {"cg": CG(6, 0.0), "cg_single_reduction": SingleReductionCG(6, 0.0)}
+    solver = limits.get(solver_name) or Neumann(6, 20.0)
+    if solver_name == "identity":
+        assert Identity().solve(matvec, b).combination == ()
+        return
+    exact = torch.linalg.solve(A + 0.5 * torch.eye(40), b["w"])
+    start = None if warm is None else {"w": warm * exact}
+    solution = solver.solve(matvec, b, shift=0.5, start=start)
+    assert len(solution.combination) == len(seen) == 6 + (warm is not None)
+    made = sum(c * v for c, v in zip(solution.combination, seen, strict=True))
+    torch.testing.assert_close(made, solution.value["w"], rtol=1e-12, atol=1e-13)
+
+
+@CGS
+def test_the_combination_of_a_failed_solve_is_that_of_its_last_iterate(cg):
+    solution = cg(20, 1e-10).solve(diagonal(1.0, 2.0, -5.0), ONES)
+    assert solution.combination == (0.0,)

@@ -74,13 +74,21 @@ def test_every_part_of_an_operator_equals_the_whole_graph(task, curvature, memor
     staged = build_staged_operator(curvature, losses.inner_staged(batch))
     assert staged.value == pytest.approx(whole.value.item(), rel=1e-14)
     assert relative(staged.gradient, whole.gradient) < 1e-13
-    for seed in (1, 2):
-        v = random_like(losses.theta(), seed)
+    directions = [random_like(losses.theta(), seed) for seed in (1, 2)]
+    for v in directions:
         assert relative(staged.matvec(v), whole.matvec(v)) < 1e-12
+    assert_the_same_mixed_product(staged, whole, losses, directions)
+
+
+def assert_the_same_mixed_product(operator, whole, losses, multiplied):
+    """Of any vector, and without a pass of a combination of those that were multiplied."""
     q = random_like(losses.theta(), 3)
-    mixed = staged.mixed(q)
+    mixed = operator.mixed(q)
     assert list(mixed) == list(losses.phi())
     assert relative(mixed, whole.mixed(q)) < 1e-12
+    coefficients = [0.7 - 1.1 * i for i in range(len(multiplied))]
+    q = {k: sum(c * v[k] for c, v in zip(coefficients, multiplied, strict=True)) for k in q}
+    assert relative(operator.mixed({}, coefficients), whole.mixed(q)) < 1e-12
 
 
 @pytest.mark.parametrize("freeze_local", [True, False])

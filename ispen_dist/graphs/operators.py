@@ -4,7 +4,7 @@ The counterpart of `linalg.operators` (one graph of the whole gradient) and
 `linalg.staged_operators` (nothing kept but stage boundaries): every rank holds all parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from ispen_dist.linalg.reduction import sum_tree
 from ispen_dist.linalg.staged import StagedFunction
 from ispen_dist.linalg.staged_operators import AtOutput, StagedLoss
 from ispen_dist.linalg.stages import State
+from ispen_dist.linalg.tangents import Tangents
 from ispen_dist.linalg.trees import Tree
 
 
@@ -88,16 +89,20 @@ class CompiledOperator:
             self._output = CompiledOutput(loss, compiler, self._model.z)
         self.value = self._output.value
         self.gradient = sum_tree(self._model.pull_back(self._output.z_bar), self._reduction)
+        self._tangents = Tangents()
 
     def matvec(self, v: Tree) -> Tree:
         """Return the product, summed over ranks."""
-        z_bar_dot = self._output.z_bar_dot(self._model.tangent(v))
+        z_bar_dot = self._output.z_bar_dot(self._tangents.seen(self._model.tangent(v)))
         return sum_tree(self._model.product(z_bar_dot), self._reduction)
 
-    def mixed(self, q: Tree) -> Tree:
+    def mixed(self, q: Tree, combination: Sequence[float] = ()) -> Tree:
         """Return `d_phi <g_z, J q>`."""
-        z_dot = self._model.tangent(q)
-        self._model.forget_tangent()
+        if combination:
+            z_dot = self._tangents.combined(combination)
+        else:
+            z_dot = self._model.tangent(q)
+            self._model.forget_tangent()
         return self._potentials.pull_back(self._output.psi_bar_dot(z_dot))
 
 

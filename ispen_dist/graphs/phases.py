@@ -16,6 +16,8 @@ What is kept is a cut of the graph between the phases. It is chosen by a minimum
 where cheap elementwise operations may be repeated after the cut and everything else may not:
 reading a kept tensor costs about as much as repeating a sum or a product of two, and less than
 repeating an exponential. Of equal cuts the one nearest to the use is taken, which repeats least.
+The cut between solve and product comes first: it is read in every product, and it is what the
+memory of a solve consists of.
 """
 
 import operator
@@ -78,14 +80,21 @@ def split(
     outputs = outputs_of(module)
     at = _phase_of_nodes(nodes, known, outputs, wanted, last_of_solve)
     inputs = [n for n in nodes if n.op == "placeholder"]
+
+    def needs(phases: list[int]) -> set[fx.Node]:
+        """Return what is read by phases and computed before them."""
+        read = {a for n in nodes if at[n] in phases for a in n.all_input_nodes}
+        read |= {o for o, w in zip(outputs, wanted, strict=True) if w in phases}
+        return {n for n in read if at[n] < phases[0]}
+
     kept = {n for n in nodes if n.op in ("placeholder", "get_attr")}
+    if of_products := [n for n in numbers if n > last_of_solve]:
+        # First and together: what one phase of the solve leaves for the other is gone by then.
+        kept |= set(_cut(nodes, needs(of_products), kept)[0])
     from_earlier: dict[int, list[fx.Node]] = {}
     repeated: dict[int, set[fx.Node]] = {}
     for number in numbers:
-        needed = {a for n in nodes if at[n] == number for a in n.all_input_nodes}
-        needed |= {o for o, w in zip(outputs, wanted, strict=True) if w == number}
-        needed = {n for n in needed if at[n] < number}
-        from_earlier[number], repeated[number] = _cut(nodes, needed, kept)
+        from_earlier[number], repeated[number] = _cut(nodes, needs([number]), kept)
         kept |= set(from_earlier[number])
     result = {}
     for number in numbers:

@@ -12,7 +12,7 @@ Only reverse mode is used. It is right through layer norm, batch norm, LSTM and 
 where forward mode over reverse mode is not always (torch 2.13).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ispen_dist.linalg.reduction import LossValue, OneProcess, Reduction, own_share, sum_tree
+from ispen_dist.linalg.tangents import Tangents
 from ispen_dist.linalg.trees import Tree, as_leaves, detached
 from ispen_dist.linalg.vectors import Vectors
 
@@ -60,8 +61,14 @@ class CurvatureOperator(Protocol):
         """Return the product `H v`, summed over ranks."""
         ...
 
-    def mixed(self, q: Tree) -> Tree:
-        """Return `d_phi <d_theta G, q>`, summed over ranks, a tree like phi."""
+    def mixed(self, q: Tree, combination: Sequence[float] = ()) -> Tree:
+        """Return `d_phi <d_theta G, q>`, summed over ranks, a tree like phi.
+
+        Args:
+            q: a tree like theta.
+            combination: where known, the coefficients of q in the vectors of all products so far,
+                in order; may save a pass through the model, see `tangents`.
+        """
         ...
 
 
@@ -120,7 +127,7 @@ class HessianOperator:
         own = pull_back(self._own_gradient, self._theta, list(v.values()))
         return sum_tree(own, self._reduction)
 
-    def mixed(self, q: Tree) -> Tree:
+    def mixed(self, q: Tree, combination: Sequence[float] = ()) -> Tree:
         """Return `d_phi <d_theta G, q>` from the same graph."""
         own = pull_back(self._own_gradient, self._phi, list(q.values()))
         return sum_tree(own, self._reduction)
@@ -157,19 +164,22 @@ class GaussNewtonOperator:
         self._Jt_u = list(
             pull_back([self._z], self._theta, [self._u["u"]], create_graph=True).values()
         )
+        self._tangents = Tangents()
         own_gradient = pull_back([self._z], self._theta, [self._g_z["z"].detach()])
         self.value = self._reduction.sum([share.detach()])[0]
         self.gradient = sum_tree(own_gradient, self._reduction)
 
     def matvec(self, v: Tree) -> Tree:
         """Return `J^T g_zz J v`."""
-        g_zz_zdot = pull_back([self._g_z["z"]], self._outputs, [self._tangent(v)])["z"]
+        z_dot = self._tangents.seen(self._tangent(v))
+        g_zz_zdot = pull_back([self._g_z["z"]], self._outputs, [z_dot])["z"]
         own = pull_back([self._z], self._theta, [g_zz_zdot])
         return sum_tree(own, self._reduction)
 
-    def mixed(self, q: Tree) -> Tree:
+    def mixed(self, q: Tree, combination: Sequence[float] = ()) -> Tree:
         """Return `d_phi <g_z, J q>`."""
-        own = pull_back([self._g_z["z"]], self._phi, [self._tangent(q)])
+        z_dot = self._tangents.combined(combination) if combination else self._tangent(q)
+        own = pull_back([self._g_z["z"]], self._phi, [z_dot])
         return sum_tree(own, self._reduction)
 
     def _tangent(self, v: Tree) -> Tensor:

@@ -69,6 +69,8 @@ class Solution:
             not counted.
         residual: `|b - A q| / |b|`, from the recursion of the solver; NaN where not measured.
         residuals: the relative residual before each step and at the end, for plots.
+        combination: coefficients of `q` in the vectors that were multiplied, in order, with that
+            of a start first; empty where the solver does not know them.
     """
 
     value: Tree
@@ -76,3 +78,4 @@ class Solution:
     num_steps: int
     residual: float
     residuals: tuple[float, ...] = ()
+    combination: tuple[float, ...] = ()

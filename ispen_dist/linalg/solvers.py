@@ -66,22 +66,28 @@ def _require_positive(owner: object, **values: float) -> None:
 
 @dataclass(frozen=True)
 class _Begin:
-    """First iterate, its residual, and their squared norms; `ended` where there is no work."""
+    """First iterate, its residual, and their squared norms; `ended` where there is no work.
+
+    `of_start` is the coefficient of a start in the first iterate, where a start was multiplied.
+    """
 
     q: Tree
     r: Tree
     rr: float
     bb: float
     ended: Solution | None
+    of_start: tuple[float, ...] = ()
 
 
 def _begin(matvec: MatVec, rhs: Tree, vectors: Vectors, start: Tree | None) -> _Begin:
     q, r = zeros_like(rhs), copied(rhs)
+    of_start: tuple[float, ...] = ()
     if start is None:
         bb = rr = vectors.dots([(rhs, rhs)]).item()
     else:
         r_start = add_scaled(rhs, -1.0, matvec(start))
         bb, rr = vectors.dots([(rhs, rhs), (r_start, r_start)]).tolist()
+        of_start = (1.0,) if rr < bb else (0.0,)
         if rr < bb:
             q, r = copied(start), r_start
         else:
@@ -91,7 +97,7 @@ def _begin(matvec: MatVec, rhs: Tree, vectors: Vectors, start: Tree | None) -> _
         ended = Solution(zeros_like(rhs), Status.NOT_FINITE, 0, math.nan)
     elif bb == 0.0:
         ended = Solution(zeros_like(rhs), Status.ZERO_RHS, 0, 0.0)
-    return _Begin(q, r, rr, bb, ended)
+    return _Begin(q, r, rr, bb, ended, of_start)
 
 
 @dataclass(frozen=True)
@@ -131,11 +137,12 @@ class CG:
         if begin.ended is not None:
             return begin.ended
         q, r, rr, bb = begin.q, begin.r, begin.rr, begin.bb
-        p, history = copied(r), [math.sqrt(rr / bb)]
+        p, history, coefficients = copied(r), [math.sqrt(rr / bb)], [*begin.of_start]
         damping = next(iter(rhs.values())).new_tensor(shift)
 
         def end(status: Status) -> Solution:
-            return Solution(q, status, len(history) - 1, history[-1], tuple(history))
+            steps = (len(history) - 1, history[-1], tuple(history))
+            return Solution(q, status, *steps, tuple(coefficients))
 
         while history[-1] > self.rtol and len(history) <= self.max_steps:
             Hp = matvec(p)
@@ -144,6 +151,7 @@ class CG:
             alpha = torch.where(pAp_device > 0.0, rr / pAp_device, 0.0)
             pAp, rr_next = _read(pAp_device, vectors.cg_update(q, r, p, Hp, alpha, damping))
             del Hp
+            coefficients.append(rr / pAp if pAp > 0.0 else 0.0)
             if not math.isfinite(pAp):
                 return end(Status.NOT_FINITE)
             if pAp <= 0.0:
@@ -198,11 +206,13 @@ class SingleReductionCG:
             return begin.ended
         q, r, rr, bb = begin.q, begin.r, begin.rr, begin.bb
         history = [math.sqrt(rr / bb)]
+        steps: list[tuple[float, float]] = []
         p, s = zeros_like(rhs), zeros_like(rhs)
         rr_old, pAp_old, ss_old = math.inf, 0.0, 0.0
 
         def end(status: Status) -> Solution:
-            return Solution(q, status, len(history) - 1, history[-1], tuple(history))
+            combination = (*begin.of_start, *_of_residuals(steps))
+            return Solution(q, status, len(history) - 1, history[-1], tuple(history), combination)
 
         while history[-1] > self.rtol and len(history) <= self.max_steps:
             Ar = A(r)
@@ -210,6 +220,7 @@ class SingleReductionCG:
             rr, rAr, ArAr, Ars = products.tolist()
             beta = rr / rr_old
             pAp = rAr - beta * beta * pAp_old
+            steps.append((rr / pAp if pAp > 0.0 else 0.0, beta))
             if not math.isfinite(pAp):
                 return end(Status.NOT_FINITE)
             if pAp <= 0.0:
@@ -225,6 +236,16 @@ class SingleReductionCG:
             history[-1] = math.sqrt(rr / bb)
             history.append(math.sqrt(rr_next / bb))
         return end(Status.CONVERGED if history[-1] <= self.rtol else Status.MAX_STEPS)
+
+
+def _of_residuals(steps: list[tuple[float, float]]) -> list[float]:
+    """Return the coefficients of `sum_k alpha_k p_k` in r_k, where `p_k = r_k + beta_k p_{k-1}`."""
+    result: list[float] = []
+    after = 0.0  # beta_{k+1} c_{k+1}
+    for alpha, beta in reversed(steps):
+        result.append(alpha + after)
+        after = beta * result[-1]
+    return result[::-1]
 
 
 def _read(*scalars: Tensor) -> list[float]:
@@ -277,8 +298,9 @@ class Neumann:
             history.append(math.sqrt(rr / bb) if rr >= 0.0 else math.nan)
             if not math.isfinite(rr):
                 break
-        status = self._status(history)
-        return Solution(q, status, len(history) - 1, history[-1], tuple(history))
+        status, num_steps = self._status(history), len(history) - 1
+        combination = (*begin.of_start, *[1.0 / self.scale] * num_steps)
+        return Solution(q, status, num_steps, history[-1], tuple(history), combination)
 
     def _status(self, history: list[float]) -> Status:
         if not math.isfinite(history[-1]):

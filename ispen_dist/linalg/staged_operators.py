@@ -13,7 +13,7 @@ known adjoints contribute) and back once (an ordinary pull-back). Without, it go
 values and tangents and back with adjoints and theirs, and between products nothing is kept but z.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from ispen_dist.linalg.operators import pull_back
 from ispen_dist.linalg.reduction import LossValue, own_share
 from ispen_dist.linalg.staged import StagedFunction
+from ispen_dist.linalg.tangents import Tangents
 from ispen_dist.linalg.trees import Tree, as_leaves
 
 
@@ -113,10 +114,11 @@ class _StagedOperator:
         self.value = self._output.value
         self.gradient, adjoints = self._model.pull_back(self._output.z_bar, states)
         self._adjoints = adjoints if self._model.keep_states else []
+        self._tangents = Tangents()
 
-    def mixed(self, q: Tree) -> Tree:
+    def mixed(self, q: Tree, combination: Sequence[float] = ()) -> Tree:
         """Return `d_phi <g_z, J q>`."""
-        z_dot = self._model.tangent(q)
+        z_dot = self._tangents.combined(combination) if combination else self._model.tangent(q)
         return self._potentials.pull_back(self._output.psi_bar_dot(z_dot))
 
 
@@ -128,10 +130,10 @@ class StagedHessian(_StagedOperator):
         model, output = self._model, self._output
         if self._adjoints:
             z_dot, direct, of_states = model.forward_curvature(v, self._adjoints)
-            z_bar_dot = output.z_bar_dot(z_dot)
+            z_bar_dot = output.z_bar_dot(self._tangents.seen(z_dot))
             return model.pull_back(z_bar_dot, extra=of_states, onto=direct)[0]
         states, tangents = model.states_and_tangents(v)
-        z_bar_dot = output.z_bar_dot(tangents[-1][0])
+        z_bar_dot = output.z_bar_dot(self._tangents.seen(tangents[-1][0]))
         return model.backward_curvature(v, states, tangents, output.z_bar, z_bar_dot)
 
 
@@ -141,7 +143,7 @@ class StagedGaussNewton(_StagedOperator):
     def matvec(self, v: Tree) -> Tree:
         """Return `J^T g_zz J v`, summed over ranks."""
         states, tangents = self._model.states_and_tangents(v)
-        z_bar_dot = self._output.z_bar_dot(tangents[-1][0])
+        z_bar_dot = self._output.z_bar_dot(self._tangents.seen(tangents[-1][0]))
         del tangents
         return self._model.pull_back(z_bar_dot, states)[0]
 
