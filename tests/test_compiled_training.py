@@ -88,7 +88,7 @@ def assert_compiled(folder, done):
     lines = [line for line in done.stdout.splitlines() if "compiled " in line]
     assert number == len([line for line in lines if "functions," in line]) > 0
     assert summary["compiled"]["seconds"] > 0.0
-    assert any("compiled update" in line for line in lines)
+    assert any("output of inner_loss" in line for line in lines)
     assert any("hessian" in line for line in lines)
 
 
