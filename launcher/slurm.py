@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -28,9 +28,9 @@ class SubmissionError(ValueError):
     """A job that cannot be written or submitted, and what to do."""
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     try:
         job = write_job(arguments, parse_settings(arguments))
         if arguments.dry_run:
@@ -45,7 +45,7 @@ def main() -> int:
     return 0
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the job's own flags; what follows -- is left to `parse_settings`."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-requeues", type=_positive, default=100, help="with --requeue; default 100")
     add("--dry-run", action="store_true", help="write and print the job, do not submit it")
     add("settings", nargs="*", metavar="-- --SECTION.FIELD=VALUE", help="settings of the training")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if (arguments.gpus_per_node is None) == (arguments.processes_per_node is None):
         parser.error("expected either --gpus-per-node, or --processes-per-node for CPU nodes")
     return arguments

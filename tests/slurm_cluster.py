@@ -40,7 +40,6 @@ ReturnToService=2
 SlurmdTimeout=10
 KillWait=5
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE
-NodeName=DEFAULT NodeHostname={host} CPUs=2
 """
 
 
@@ -77,7 +76,9 @@ class Cluster:
         host = socket.gethostname().partition(".")[0]
         text = CONFIGURATION.format(folder=self.folder, host=host, port=free_port())
         for node in self.nodes:
-            text += f"NodeName={node} NodeAddr={node} Port={free_port()}\n"
+            text += (
+                f"NodeName={node} NodeAddr={node} NodeHostname={host} Port={free_port()} CPUs=2\n"
+            )
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "state").mkdir()
         key = self.folder / "munge.key"
@@ -99,10 +100,9 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         """End every process of the cluster, jobs first, and remove its folder."""
-        for name, daemon in reversed(self._daemons.items()):
-            if name == "slurmctld":
-                self.run("scancel", "--user=root")
-                self.wait_for(lambda: not self.run("squeue", "--noheader"), 20, may_fail=True)
+        self.run("scancel", "--user=root")
+        self.wait_for(lambda: not self.run("squeue", "--noheader"), 20, may_fail=True)
+        for daemon in reversed(self._daemons.values()):
             daemon.terminate()
         self.wait_for(lambda: not self._end_processes(), 20)
         shutil.rmtree(self.folder)
