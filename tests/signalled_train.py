@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 
-import plain_train  # type: ignore[import-not-found]
+import plain_train
 import torch
 import torch.distributed as dist
 
@@ -34,5 +34,5 @@ def train_round_or_stop(trainer: Trainer) -> dict[str, float]:
     return train_round(trainer)
 
 
-Trainer.train_round = train_round_or_stop  # type: ignore[method-assign]
+Trainer.train_round = train_round_or_stop
 sys.exit(plain_train.main())

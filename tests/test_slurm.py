@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import version
@@ -339,6 +340,50 @@ def test_job_sbatch_is_bash():
     assert (ROOT / re.search(r"(?m)^config=(.*)", text)[1]).is_file()
     assert (ROOT / re.search(r"(?m)^runtime=(.*)", text)[1]).is_file()
     assert f"--signal=B:USR1@{re.search(r'(?m)^save_seconds=(.*)', text)[1]}\n" in text
+
+
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+
+rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
+signal.signal(signal.SIGUSR1, lambda *_: (folder / f"got{rank}").touch())
+(folder / f"ready{rank}").touch()
+while rank == 1 or not (folder / "got0").exists():
+    time.sleep(0.1)
+time.sleep(1)
+(folder / "saved").touch()
+sys.exit(75)
+"""
+
+
+def test_the_launcher_hands_usr1_on_and_waits_as_long_as_told(tmp_path):
+    """Where SLURM tracks processes by cgroups, the launcher alone gets a step's signal."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    text = (ROOT / "launcher" / "job.sbatch").read_text()
+    exports = dict(re.findall(r"(?m)^export (PET_SIGNALS_TO_HANDLE|TORCH_ELASTIC\w+)=(.*)", text))
+    assert exports.pop("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") == "$save_seconds"
+    launcher = subprocess.Popen(
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
+            "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+            "--main_process_port", "0", script, tmp_path,
+        ],
+        env=os.environ | exports | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    end = time.monotonic() + 200
+    while len(list(tmp_path.glob("ready*"))) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    launcher.send_signal(signal.SIGUSR1)
+    begin = time.monotonic()
+    output = launcher.communicate(timeout=60)[0]
+    # Rank 0 saves; rank 1, which never ends, is killed after 5 s, not after the usual 30 s.
+    assert 4 < time.monotonic() - begin < 25, output
+    assert {"got0", "got1", "saved"} <= {path.name for path in tmp_path.iterdir()}, output
+    assert launcher.returncode == 1
 
 
 def test_the_snapshot_is_what_git_knows_or_would_add(tmp_path):
