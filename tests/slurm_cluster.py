@@ -36,6 +36,7 @@ MpiDefault=none
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=2,bf_interval=2
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=5
