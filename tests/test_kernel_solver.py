@@ -12,11 +12,14 @@ if not CUDA:  # read by Triton when it is imported
 pytest.importorskip("triton")
 
 from ispen_kernels import solver  # noqa: E402
+from ispen_kernels.trees import CHUNK  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float64]
 # One element, odd sizes, an empty tensor, a whole chunk, one more than a chunk, several chunks.
-SHAPES = [(1,), (3, 17), (0, 4), (33,), (2, solver.CHUNK // 2), (solver.CHUNK + 1,), (), (257, 33)]
+SHAPES = [(1,), (3, 17), (0, 4), (33,), (2, CHUNK // 2), (CHUNK + 1,), (), (257, 33)]
 
 UPDATES = {
     "cg": (solver.cg_update_, solver.cg_update_reference, 4, 1),
@@ -28,14 +31,6 @@ UPDATES = {
         2,
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Fill every buffer of torch.empty with NaN, so that a place never written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def tree(dtype, seed, shapes=SHAPES):
