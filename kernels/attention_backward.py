@@ -21,6 +21,7 @@ from ispen_kernels.attention_launch import (
     statistic_of,
 )
 from ispen_kernels.attention_tiles import (
+    add_offset,
     dot,
     head,
     key_offset,
@@ -66,31 +67,33 @@ def _q_bar_kernel(
     v_head = head(v, index, num_heads)
     q_t = load(head(q, index, num_heads), first, queries)
     o_bar_t = load(head(o_bar, index, num_heads), first, queries)
-    lse2_t = load_statistic(lse2, index, first, queries, float("inf"), 1)
-    D_t = load_statistic(D, index, first, queries, 0.0, 1)
+    lse2_t = load_statistic(lse2, index, first, queries, float("inf"))
+    D_t = load_statistic(D, index, first, queries, 0.0)
     if TANGENT:
         k_dot_head = head(k_dot, index, num_heads)
         v_dot_head = head(v_dot, index, num_heads)
         q_dot_t = load(head(q_dot, index, num_heads), first, queries)
         o_bar_dot_t = load(head(o_bar_dot, index, num_heads), first, queries)
-        lse_dot_t = load_statistic(lse_dot, index, first, queries, 0.0, 1)
-        D_dot_t = load_statistic(D_dot, index, first, queries, 0.0, 1)
+        lse_dot_t = load_statistic(lse_dot, index, first, queries, 0.0)
+        D_dot_t = load_statistic(D_dot, index, first, queries, 0.0)
     acc = tl.full((queries.ROWS, queries.BLOCK_H), 0.0, ACC)
 
     for start in range(0, keys.length, keys.ROWS):
         k_t = load(k_head, start, keys)
         v_t = load(v_head, start, keys)
-        offset = key_offset(bias, index // num_heads, start, keys, ACC, 0)
-        p = tl.exp2(scores(q_t, k_t, offset, SCALE, ACC) - lse2_t)
-        s_bar = p * (product(o_bar_t, v_t, ACC) - D_t)
+        s = scores(q_t, k_t, SCALE, ACC)
+        # After the product: a load before it costs registers.
+        s = add_offset(s, key_offset(bias, index // num_heads, start, keys, ACC), 1)
+        p = tl.exp2(s - lse2_t[:, None])
+        s_bar = p * (product(o_bar_t, v_t, ACC) - D_t[:, None])
         if TANGENT:
             k_dot_t = load(k_dot_head, start, keys)
             v_dot_t = load(v_dot_head, start, keys)
             p_bar_dot = product_tangent(o_bar_t, v_t, o_bar_dot_t, v_dot_t, ACC)
-            s_bar_dot = p * (p_bar_dot - D_dot_t)
+            s_bar_dot = p * (p_bar_dot - D_dot_t[:, None])
             if q_dot is not None or k_dot is not None:
                 s_dot = product_tangent(q_t, k_t, q_dot_t, k_dot_t, ACC) * SCALE
-                s_bar_dot += s_bar * (s_dot - lse_dot_t)
+                s_bar_dot += s_bar * (s_dot - lse_dot_t[:, None])
             acc = dot(s_bar_dot.to(k_t.dtype), k_t, acc)
             if k_dot is not None:
                 acc = dot(s_bar.to(k_t.dtype), k_dot_t, acc)
@@ -115,7 +118,7 @@ def _kv_bar_kernel(
     o_bar_head = head(o_bar, index, num_heads)
     k_t = load(head(k, index, num_heads), first, keys)
     v_t = load(head(v, index, num_heads), first, keys)
-    offset = key_offset(bias, index // num_heads, first, keys, ACC, 1)
+    offset = key_offset(bias, index // num_heads, first, keys, ACC)
     if TANGENT:
         q_dot_head = head(q_dot, index, num_heads)
         o_bar_dot_head = head(o_bar_dot, index, num_heads)
@@ -127,20 +130,21 @@ def _kv_bar_kernel(
     for start in range(0, queries.length, queries.ROWS):
         q_t = load(q_head, start, queries)
         o_bar_t = load(o_bar_head, start, queries)
-        lse2_t = load_statistic(lse2, index, start, queries, float("inf"), 0)
-        D_t = load_statistic(D, index, start, queries, 0.0, 0)
-        p = tl.exp2(scores(k_t, q_t, offset, SCALE, ACC) - lse2_t)
-        s_bar = p * (product(v_t, o_bar_t, ACC) - D_t)
+        lse2_t = load_statistic(lse2, index, start, queries, float("inf"))
+        D_t = load_statistic(D, index, start, queries, 0.0)
+        s = add_offset(scores(k_t, q_t, SCALE, ACC), offset, 0)
+        p = tl.exp2(s - lse2_t[None, :])
+        s_bar = p * (product(v_t, o_bar_t, ACC) - D_t[None, :])
         if TANGENT:
             q_dot_t = load(q_dot_head, start, queries)
             o_bar_dot_t = load(o_bar_dot_head, start, queries)
-            D_dot_t = load_statistic(D_dot, index, start, queries, 0.0, 0)
+            D_dot_t = load_statistic(D_dot, index, start, queries, 0.0)
             p_bar_dot = product_tangent(v_t, o_bar_t, v_dot_t, o_bar_dot_t, ACC)
-            s_bar_dot = p * (p_bar_dot - D_dot_t)
+            s_bar_dot = p * (p_bar_dot - D_dot_t[None, :])
             if q_dot is not None or k_dot is not None:
-                lse_dot_t = load_statistic(lse_dot, index, start, queries, 0.0, 0)
+                lse_dot_t = load_statistic(lse_dot, index, start, queries, 0.0)
                 s_dot = product_tangent(k_t, q_t, k_dot_t, q_dot_t, ACC) * SCALE
-                s_dot -= lse_dot_t
+                s_dot -= lse_dot_t[None, :]
                 s_bar_dot += s_bar * s_dot
                 v_acc = dot((p * s_dot).to(q_t.dtype), o_bar_t, v_acc)
             if o_bar_dot is not None:

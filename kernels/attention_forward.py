@@ -22,6 +22,7 @@ from ispen_kernels.attention_launch import (
     statistic_of,
 )
 from ispen_kernels.attention_tiles import (
+    add_offset,
     dot,
     head,
     key_offset,
@@ -60,8 +61,9 @@ def _forward_kernel(
     for start in range(0, keys.length, keys.ROWS):
         k_t = load(k_head, start, keys)
         v_t = load(v_head, start, keys)
-        offset = key_offset(bias, index // num_heads, start, keys, ACC, 0)
-        s = scores(q_t, k_t, offset, SCALE, ACC)
+        s = scores(q_t, k_t, SCALE, ACC)
+        # After the product: a load before it costs registers.
+        s = add_offset(s, key_offset(bias, index // num_heads, start, keys, ACC), 1)
         # Everything summed so far is relative to the largest score so far.
         larger = tl.maximum(largest, tl.max(s, 1))
         shrink = tl.exp2(largest - larger)
@@ -104,14 +106,16 @@ def _tangent_kernel(
 
     q_t = load(head(q, index, num_heads), first, queries)
     q_dot_t = load(head(q_dot, index, num_heads), first, queries)
-    lse2_t = load_statistic(lse2, index, first, queries, float("inf"), 1)
+    lse2_t = load_statistic(lse2, index, first, queries, float("inf"))
     mean = tl.full((queries.ROWS,), 0.0, ACC)
     acc_dot = tl.full((queries.ROWS, queries.BLOCK_H), 0.0, ACC)
 
     for start in range(0, keys.length, keys.ROWS):
         k_t = load(k_head, start, keys)
-        offset = key_offset(bias, index // num_heads, start, keys, ACC, 0)
-        p = tl.exp2(scores(q_t, k_t, offset, SCALE, ACC) - lse2_t)
+        s = scores(q_t, k_t, SCALE, ACC)
+        # After the product: a load before it costs registers.
+        s = add_offset(s, key_offset(bias, index // num_heads, start, keys, ACC), 1)
+        p = tl.exp2(s - lse2_t[:, None])
         if q_dot is not None or k_dot is not None:
             v_t = load(v_head, start, keys)
             k_dot_t = load(k_dot_head, start, keys)

@@ -98,8 +98,8 @@ def store(pointer, tile, index, start, rows):
 
 
 @part
-def load_statistic(pointer, index, start, rows, OTHER: tl.constexpr, AXIS: tl.constexpr):
-    """Load a row statistic, one number per row of a tile, and expand it along AXIS.
+def load_statistic(pointer, index, start, rows, OTHER: tl.constexpr):
+    """Load a row statistic, one number per row of a tile.
 
     Rows beyond the end read OTHER: an infinite lse makes all their weights zero.
     """
@@ -109,7 +109,7 @@ def load_statistic(pointer, index, start, rows, OTHER: tl.constexpr, AXIS: tl.co
         statistic = tl.load(base + row, mask=row < rows.length, other=OTHER)
     else:
         statistic = tl.load(base + row)
-    return tl.expand_dims(statistic, AXIS)
+    return statistic
 
 
 @part
@@ -121,8 +121,8 @@ def store_statistic(pointer, values, index, start, rows):
 
 
 @part
-def key_offset(bias, batch, start, keys, ACC: tl.constexpr, AXIS: tl.constexpr):
-    """Return what is added to the scores of keys, expanded along AXIS: the bias, in base 2.
+def key_offset(bias, batch, start, keys, ACC: tl.constexpr):
+    """Return what is added to the scores of keys: the bias, in base 2.
 
     Minus infinity beyond the end; None where there is nothing to add.
     """
@@ -131,9 +131,9 @@ def key_offset(bias, batch, start, keys, ACC: tl.constexpr, AXIS: tl.constexpr):
         pointers = bias.pointer + tl.cast(batch, tl.int64) * bias.strides[0]
         pointers += key.to(tl.int64) * bias.strides[1]
         loaded = tl.load(pointers, mask=key < keys.length, other=float("-inf"))
-        offset = tl.expand_dims(loaded.to(ACC) * LOG2E, AXIS)
+        offset = loaded.to(ACC) * LOG2E
     elif keys.RAGGED:
-        offset = tl.expand_dims(tl.where(key < keys.length, 0.0, float("-inf")).to(ACC), AXIS)
+        offset = tl.where(key < keys.length, 0.0, float("-inf")).to(ACC)
     else:
         offset = None
     return offset
@@ -166,9 +166,14 @@ def product_tangent(a, b, a_dot, b_dot, ACC: tl.constexpr):
 
 
 @part
-def scores(a, b, offset, SCALE: tl.constexpr, ACC: tl.constexpr):
-    """Return the scores of two tiles, queries by keys or keys by queries, in base 2."""
-    s = product(a, b, ACC) * (SCALE * LOG2E)
+def scores(a, b, SCALE: tl.constexpr, ACC: tl.constexpr):
+    """Return the scores of a tile of queries and one of keys without a bias, in base 2."""
+    return product(a, b, ACC) * (SCALE * LOG2E)
+
+
+@part
+def add_offset(s, offset, KEY_AXIS: tl.constexpr):
+    """Add an offset of keys, or None, to scores whose keys lie along KEY_AXIS."""
     if offset is not None:
-        s += offset
+        s += tl.expand_dims(offset, 1 - KEY_AXIS)
     return s

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from exactness import DEVICE, assert_as_exact, random
 from torch.autograd import forward_ad, grad, gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -20,7 +21,6 @@ from ispen_kernels import (  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float64]
 # B, L, U: one of each, odd, more labels than a tile, more units than a block.
 LABEL_SIZES = [
@@ -42,11 +42,6 @@ PUBLIC = {
 }
 
 
-def random(*shape, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-
-
 def arguments(name, dtype=torch.float64):
     return [
         random(*shape, dtype=dtype, seed=seed).requires_grad_()
@@ -61,16 +56,6 @@ def all_of(reference, y, y_dot, *parameters):
     (gradient,) = grad(energy.sum(), y, create_graph=True)
     (product,) = grad((gradient * y_dot).sum(), y)
     return energy.detach(), gradient.detach(), product
-
-
-def assert_as_exact(got, eager, exact, floor):
-    """The error against float64 is at most twice that of eager PyTorch, plus `floor` eps."""
-    assert got.dtype == eager.dtype
-    assert got.shape == exact.shape
-    if got.numel():
-        error, allowed = ((a.double() - exact).abs().max().item() for a in (got, eager))
-        slack = floor * torch.finfo(got.dtype).eps * exact.abs().max().item()
-        assert error <= 2.0 * allowed + slack, (error, allowed, slack)
 
 
 def assert_all_as_exact(kernel, reference, inputs):

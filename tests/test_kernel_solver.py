@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from exactness import DEVICE, assert_as_exact
 from torch.autograd import forward_ad
 
 CUDA = torch.cuda.is_available()
@@ -16,7 +17,6 @@ from ispen_kernels.trees import CHUNK  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float64]
 # One element, odd sizes, an empty tensor, a whole chunk, one more than a chunk, several chunks.
 SHAPES = [(1,), (3, 17), (0, 4), (33,), (2, CHUNK // 2), (CHUNK + 1,), (), (257, 33)]
@@ -47,16 +47,6 @@ def copies(tensors, dtype=None):
 
 def scalars(num, dtype):
     return [torch.tensor(value, dtype=dtype, device=DEVICE) for value in (0.37, -1.3)[:num]]
-
-
-def assert_as_exact(got, eager, exact, floor):
-    """The error against float64 is at most twice that of eager PyTorch, plus `floor` eps."""
-    assert got.dtype == eager.dtype
-    assert got.shape == exact.shape
-    if got.numel():
-        error, allowed = ((a.double() - exact).abs().max().item() for a in (got, eager))
-        slack = floor * torch.finfo(got.dtype).eps * exact.abs().max().item()
-        assert error <= 2.0 * allowed + slack, (error, allowed, slack)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
