@@ -18,29 +18,13 @@ forward mode, reverse over reverse and forward over reverse; a third derivative 
 does forward over forward. `skip_chain` any order. The references: any order, any mode.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.library import custom_op
 
-DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-# A tile of M in registers, 8 values per thread, so that float64 does not spill. One row of y per
-# program: batches are small beside the 132 SMs of an H100, and M is read again from the cache.
-TILE = 2048
-NUM_WARPS = 8
-MAX_BLOCK_UNITS = 128
-MIN_BLOCK = 16
-# Tokens per program; the smallest block that a matrix product of Triton takes in any version.
-BLOCK_TOKENS = 16
-# W_d is held in one block, twice (as it is and transposed); one stage, as a second copy of both in
-# flight would cost more registers than the few offsets gain.
-MAX_TAGS = 64
+from ispen_kernels import label_interaction_passes, skip_chain_passes
+from ispen_kernels.launch import LastDerivative, check_operands
+from ispen_kernels.skip_chain_passes import MAX_TAGS
 
 
 def label_interaction_reference(y: Tensor, M: Tensor, v: Tensor) -> Tensor:
@@ -61,256 +45,12 @@ def _softplus(z: Tensor) -> Tensor:
     return torch.logaddexp(z, z.new_zeros(()))
 
 
-@triton.jit
-def _project(row, M, units, num_units, num_labels, DTYPE: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Return M[units] row, with one reduction over threads at the end of the row."""
-    acc = tl.zeros((units.shape[0], BLOCK_L), DTYPE)
-    for start in range(0, num_labels, BLOCK_L):
-        label = start + tl.arange(0, BLOCK_L)
-        inside = (units < num_units)[:, None] & (label < num_labels)[None, :]
-        tile = tl.load(M + units[:, None] * num_labels + label[None, :], mask=inside, other=0.0)
-        acc += tile * tl.load(row + label, mask=label < num_labels, other=0.0)[None, :]
-    return tl.sum(acc, axis=1)
-
-
-@triton.jit
-def _add_back(out, weight, M, units, num_units, num_labels, first, BLOCK_L: tl.constexpr):
-    """Write weight^T M[units] to the row `out`, added to what earlier units left there."""
-    for start in range(0, num_labels, BLOCK_L):
-        label = start + tl.arange(0, BLOCK_L)
-        inside = (units < num_units)[:, None] & (label < num_labels)[None, :]
-        tile = tl.load(M + units[:, None] * num_labels + label[None, :], mask=inside, other=0.0)
-        earlier = tl.load(out + label, mask=(label < num_labels) & (first > 0), other=0.0)
-        total = earlier + tl.sum(weight[:, None] * tile, axis=0)
-        tl.store(out + label, total, mask=label < num_labels)
-
-
-@triton.jit
-def _label_interaction_kernel(
-    y, y_dot, M, v, energy, gradient, product, num_units, num_labels,
-    WITH_FIRST: tl.constexpr, WITH_PRODUCT: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_U: tl.constexpr, BLOCK_L: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * num_labels
-    total = tl.zeros((BLOCK_U,), DTYPE)
-    for first in range(0, num_units, BLOCK_U):
-        units = first + tl.arange(0, BLOCK_U)
-        v_u = tl.load(v + units, mask=units < num_units, other=0.0)
-        z = _project(y + row, M, units, num_units, num_labels, DTYPE, BLOCK_L)
-        # Everything from exp(-|z|) <= 1: no overflow, and s and 1 - s are exact at both ends.
-        e = tl.exp(-tl.abs(z))
-        s = tl.where(z >= 0, 1.0, e) / (1.0 + e)
-        not_s = tl.where(z >= 0, e, 1.0) / (1.0 + e)
-        if WITH_FIRST:
-            # log(1 + e) = log(w) e / (w - 1) with the rounded w = 1 + e, exact for small e.
-            w = 1.0 + e
-            log_w = tl.where(w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0)))
-            # A NaN must stay one: maximum would drop it.
-            total += v_u * (tl.where(z < 0, 0.0, z) + log_w)
-            _add_back(gradient + row, v_u * s, M, units, num_units, num_labels, first, BLOCK_L)
-        if WITH_PRODUCT:
-            z_dot = _project(y_dot + row, M, units, num_units, num_labels, DTYPE, BLOCK_L)
-            weight = v_u * s * not_s * z_dot
-            _add_back(product + row, weight, M, units, num_units, num_labels, first, BLOCK_L)
-        # Later units read what other threads of this program wrote.
-        tl.debug_barrier()
-    if WITH_FIRST:
-        tl.store(energy + tl.program_id(0), tl.sum(total))
-
-
-@triton.jit
-def _neighbours(row, W, num_offsets, num_tokens, num_tags, DTYPE: tl.constexpr,
-                BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """Return sum_d W_d^T y_{t-d} and sum_d W_d y_{t+d} for the tokens of this program."""
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
-    i = tl.arange(0, BLOCK_K)[:, None]
-    k = tl.arange(0, BLOCK_K)[None, :]
-    before = tl.zeros((BLOCK_T, BLOCK_K), DTYPE)
-    after = tl.zeros((BLOCK_T, BLOCK_K), DTYPE)
-    for d in range(1, num_offsets + 1):
-        W_d = W + (d - 1) * num_tags * num_tags
-        square = (i < num_tags) & (k < num_tags)
-        forth = tl.load(W_d + i * num_tags + k, mask=square, other=0.0)
-        back = tl.load(W_d + k * num_tags + i, mask=square, other=0.0)
-        has_before = (t >= d) & (t < num_tokens) & (k < num_tags)
-        y_before = tl.load(row + (t - d) * num_tags + k, mask=has_before, other=0.0)
-        y_after = tl.load(
-            row + (t + d) * num_tags + k, mask=(t + d < num_tokens) & (k < num_tags), other=0.0
-        )
-        # The full precision of the type: reduced products would cost the curvature its symmetry.
-        before += tl.dot(y_before, forth, input_precision="ieee", out_dtype=DTYPE)
-        after += tl.dot(y_after, back, input_precision="ieee", out_dtype=DTYPE)
-    return before, after
-
-
-@triton.jit
-def _skip_chain_kernel(
-    y, y_dot, W, energy, gradient, product, num_offsets, num_tokens, num_tags,
-    WITH_PRODUCT: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * num_tokens * num_tags
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
-    k = tl.arange(0, BLOCK_K)[None, :]
-    inside = (t < num_tokens) & (k < num_tags)
-    here = t * num_tags + k
-    before, after = _neighbours(
-        y + row, W, num_offsets, num_tokens, num_tags, DTYPE, BLOCK_T, BLOCK_K
-    )
-    y_here = tl.load(y + row + here, mask=inside, other=0.0)
-    part = energy + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(part, -tl.sum(tl.sum(y_here * before, axis=1), axis=0))
-    tl.store(gradient + row + here, -(before + after), mask=inside)
-    if WITH_PRODUCT:
-        before, after = _neighbours(
-            y_dot + row, W, num_offsets, num_tokens, num_tags, DTYPE, BLOCK_T, BLOCK_K
-        )
-        tl.store(product + row + here, -(before + after), mask=inside)
-
-
-def _on(x: Tensor) -> AbstractContextManager:
-    """Make the device of `x` current, where Triton launches; refuse a CPU without interpreter."""
-    if x.is_cuda:
-        return torch.cuda.device(x.device)
-    if isinstance(_skip_chain_kernel, triton.JITFunction):
-        raise ValueError(
-            f"expected tensors on a GPU, got {x.device}; move them, call the reference, or set "
-            "TRITON_INTERPRET=1 before Triton is imported"
-        )
-    return nullcontext()
-
-
-def _launch_label_interaction(
-    y: Tensor, y_dot: Tensor | None, M: Tensor, v: Tensor, *, first: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (energy, gradient, product); what was not asked for is not written."""
-    num_units, num_labels = M.shape
-    if not len(y) or not num_units:
-        return y.new_zeros(len(y)), torch.zeros_like(y), torch.zeros_like(y)
-    y, M, v = y.contiguous(), M.contiguous(), v.contiguous()
-    tangent = y if y_dot is None else y_dot.contiguous()
-    # Where nothing is written, any pointer will do.
-    energy = torch.empty(len(y), dtype=y.dtype, device=y.device) if first else y
-    gradient = torch.empty_like(y) if first else y
-    product = y if y_dot is None else torch.empty_like(y)
-    block_units = min(MAX_BLOCK_UNITS, max(MIN_BLOCK, triton.next_power_of_2(num_units)))
-    widest = max(MIN_BLOCK, triton.next_power_of_2(max(num_labels, 1)))
-    with _on(y):
-        _label_interaction_kernel[(len(y),)](
-            y, tangent, M, v, energy, gradient, product, num_units, num_labels,
-            WITH_FIRST=first, WITH_PRODUCT=y_dot is not None, DTYPE=DTYPES[y.dtype],
-            BLOCK_U=block_units, BLOCK_L=min(TILE // block_units, widest),
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
-    return energy, gradient, product
-
-
-def _launch_skip_chain(y: Tensor, y_dot: Tensor | None, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    batch, num_tokens, num_tags = y.shape
-    if not y.numel():
-        return y.new_zeros(batch), torch.zeros_like(y), torch.zeros_like(y)
-    y, W = y.contiguous(), W.contiguous()
-    tangent = y if y_dot is None else y_dot.contiguous()
-    num_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS)
-    energy = torch.empty((batch, num_blocks), dtype=y.dtype, device=y.device)
-    gradient = torch.empty_like(y)
-    product = energy if y_dot is None else torch.empty_like(y)
-    with _on(y):
-        _skip_chain_kernel[(batch, num_blocks)](
-            y, tangent, W, energy, gradient, product, len(W), num_tokens, num_tags,
-            WITH_PRODUCT=y_dot is not None, DTYPE=DTYPES[y.dtype],
-            BLOCK_T=BLOCK_TOKENS, BLOCK_K=max(MIN_BLOCK, triton.next_power_of_2(num_tags)),
-            num_warps=NUM_WARPS, num_stages=1,
-        )  # fmt: skip
-    return energy.sum(1), gradient, product
-
-
-@custom_op("ispen::label_interaction_gradient", mutates_args=())
-def _label_interaction_gradient(y: Tensor, M: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return _launch_label_interaction(y, None, M, v)[:2]
-
-
-@custom_op("ispen::label_interaction_product", mutates_args=())
-def _label_interaction_product(y: Tensor, y_dot: Tensor, M: Tensor, v: Tensor) -> Tensor:
-    return _launch_label_interaction(y, y_dot, M, v, first=False)[2]
-
-
-@custom_op("ispen::label_interaction_all", mutates_args=())
-def _label_interaction_all(
-    y: Tensor, y_dot: Tensor, M: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_label_interaction(y, y_dot, M, v)
-
-
-@custom_op("ispen::skip_chain_gradient", mutates_args=())
-def _skip_chain_gradient(y: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-    return _launch_skip_chain(y, None, W)[:2]
-
-
-@custom_op("ispen::skip_chain_all", mutates_args=())
-def _skip_chain_all(y: Tensor, y_dot: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_skip_chain(y, y_dot, W)
-
-
-def _like(y: Tensor) -> Tensor:
-    return torch.empty_like(y, memory_format=torch.contiguous_format)
-
-
-@_label_interaction_gradient.register_fake
-def _(y: Tensor, M: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape[0]), _like(y)
-
-
-@_label_interaction_product.register_fake
-def _(y: Tensor, y_dot: Tensor, M: Tensor, v: Tensor) -> Tensor:
-    return _like(y)
-
-
-@_label_interaction_all.register_fake
-def _(y: Tensor, y_dot: Tensor, M: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return y.new_empty(y.shape[0]), _like(y), _like(y)
-
-
-@_skip_chain_gradient.register_fake
-def _(y: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape[0]), _like(y)
-
-
-@_skip_chain_all.register_fake
-def _(y: Tensor, y_dot: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return y.new_empty(y.shape[0]), _like(y), _like(y)
-
-
-class _LastDerivative(torch.autograd.Function):
-    """Run an operator whose own derivative would be one too many: taking it raises.
-
-    An operator without an autograd formula raises in reverse mode but drops tangents silently.
-    """
-
-    @staticmethod
-    def forward(op: Callable, name: str, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return op(*tensors)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: object) -> None:
-        ctx.name = inputs[1]
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"{ctx.name}: expected no further derivative, got a request for one; differentiate "
-            "fewer times or call the reference"
-        )
-
-    jvp = backward
-
-
 class _LabelInteraction(torch.autograd.Function):
     """(y, M, v) -> (energy, gradient in y)."""
 
     @staticmethod
     def forward(y: Tensor, M: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return _label_interaction_gradient(y, M, v)
+        return label_interaction_passes.gradient(y, M, v)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -352,9 +92,8 @@ class _LabelInteraction(torch.autograd.Function):
 
 
 def _product(y: Tensor, y_dot: Tensor, M: Tensor, v: Tensor) -> Tensor:
-    return _LastDerivative.apply(
-        _label_interaction_product, "third derivative of label_interaction", y, y_dot, M, v
-    )
+    name = "third derivative of label_interaction"
+    return LastDerivative.apply(label_interaction_passes.product, name, y, y_dot, M, v)
 
 
 def _label_parameter_gradients(
@@ -382,7 +121,7 @@ class _SkipChain(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-        return _skip_chain_gradient(y, W)
+        return skip_chain_passes.gradient(y, W)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -429,36 +168,13 @@ def _sum(parts: list[Tensor]) -> Tensor | None:
     return sum(parts[1:], parts[0]) if parts else None
 
 
-def _check(tensors: dict[str, Tensor], shapes: dict[str, tuple[int | None, ...]]) -> None:
-    """Raise unless every tensor has its shape (None: any size), and all one type and device."""
-    first_name, first = next(iter(tensors.items()))
-    for name, tensor in tensors.items():
-        expected = shapes[name]
-        fits = tensor.dim() == len(expected) and all(
-            size in (None, got) for size, got in zip(expected, tensor.shape, strict=True)
-        )
-        if not fits:
-            raise ValueError(
-                f"{name}: expected shape {expected} (None: any), got {tuple(tensor.shape)}; "
-                f"make it fit {first_name} {tuple(first.shape)}"
-            )
-        if tensor.dtype not in DTYPES or tensor.dtype != first.dtype:
-            raise ValueError(
-                f"{name}: expected float32 or float64, one for all, got {tensor.dtype}; cast it"
-            )
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{name}: expected device {first.device} of {first_name}, got {tensor.device}; "
-                "move it there"
-            )
-
-
 def _check_label_interaction(y: Tensor, M: Tensor, v: Tensor, **same: Tensor) -> None:
     if y.dim() < 2:
         raise ValueError(f"y: expected shape (..., B, L), got {tuple(y.shape)}; add a batch of 1")
     units = M.shape[0] if M.dim() == 2 else None
     shapes = dict.fromkeys(["y", *same], tuple(y.shape))
-    _check({"y": y, "M": M, "v": v} | same, shapes | {"M": (units, y.shape[-1]), "v": (units,)})
+    shapes |= {"M": (units, y.shape[-1]), "v": (units,)}
+    check_operands({"y": y, "M": M, "v": v} | same, shapes)
 
 
 def _check_skip_chain(y: Tensor, W: Tensor, **same: Tensor) -> None:
@@ -472,7 +188,8 @@ def _check_skip_chain(y: Tensor, W: Tensor, **same: Tensor) -> None:
             f"y: expected at most {MAX_TAGS} tags, got {num_tags}; use skip_chain_reference"
         )
     shapes = dict.fromkeys(["y", *same], tuple(y.shape))
-    _check({"y": y, "W": W} | same, shapes | {"W": (None, num_tags, num_tags)})
+    shapes |= {"W": (None, num_tags, num_tags)}
+    check_operands({"y": y, "W": W} | same, shapes)
 
 
 def label_interaction(y: Tensor, M: Tensor, v: Tensor) -> Tensor:
@@ -518,9 +235,9 @@ def label_interaction_all(
     """
     _check_label_interaction(y, M, v, y_dot=y_dot)
     rows, rows_dot = y.flatten(0, -2), y_dot.flatten(0, -2)
-    results = _LastDerivative.apply(
-        _label_interaction_all, "derivative of label_interaction_all", rows, rows_dot, M, v
-    )
+    name = "derivative of label_interaction_all"
+    operator = label_interaction_passes.gradient_and_product
+    results = LastDerivative.apply(operator, name, rows, rows_dot, M, v)
     return tuple(out.unflatten(0, y.shape[:-1]) for out in results)
 
 
@@ -563,7 +280,7 @@ def skip_chain_all(y: Tensor, y_dot: Tensor, W: Tensor) -> tuple[Tensor, Tensor,
     """
     _check_skip_chain(y, W, y_dot=y_dot)
     rows, rows_dot = y.flatten(0, -3), y_dot.flatten(0, -3)
-    results = _LastDerivative.apply(
-        _skip_chain_all, "derivative of skip_chain_all", rows, rows_dot, W
-    )
+    name = "derivative of skip_chain_all"
+    operator = skip_chain_passes.gradient_and_product
+    results = LastDerivative.apply(operator, name, rows, rows_dot, W)
     return tuple(out.unflatten(0, y.shape[:-2]) for out in results)

@@ -18,28 +18,17 @@ autograd is refused; the references can be differentiated where PyTorch allows u
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd import forward_ad
 
-Tensors = Sequence[Tensor]
+from ispen_kernels.launch import launch, part
+from ispen_kernels.trees import Layout, Tensors, check_scalar, layout_of
 
-# 8 values of every vector per thread of 8 warps: enough loads in flight to fill the memory pipe of
-# an SM, and the five float64 vectors of the largest update still leave room for a second program.
-CHUNK = 2048
-NUM_WARPS = 8
-# Widest load of a thread in bytes; torch allocates at 512, but a view may start anywhere.
-ALIGNMENT = 16
 # Columns of partial sums that the second stage reads at a time.
 COMBINE_BLOCK = 2048
-
-DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def dots_reference(pairs: Sequence[tuple[Tensors, Tensors]]) -> Tensor:
@@ -80,11 +69,8 @@ def single_reduction_update_reference(
         r_i.addcmul_(s_i, -alpha.to(s_i.dtype))
 
 
-@triton.jit
-def _base(
-    addresses, chunks, vector, num_tensors, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
+@part
+def _base(addresses, chunks, vector, num_tensors, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Return the address of this program's chunk of one of the vectors."""
     tensor = tl.load(chunks + 3 * tl.program_id(0))
     start = tl.load(chunks + 3 * tl.program_id(0) + 1)
@@ -95,13 +81,13 @@ def _base(
 
 
 # A mask forbids wide loads, so only the last chunk of a tensor has one (FULL is False there).
-@triton.jit
+@part
 def _load(base, count, CHUNK: tl.constexpr, FULL: tl.constexpr):
     i = tl.arange(0, CHUNK)
     return tl.load(base + i) if FULL else tl.load(base + i, mask=i < count, other=0.0)
 
 
-@triton.jit
+@part
 def _store(base, value, count, CHUNK: tl.constexpr, FULL: tl.constexpr):
     i = tl.arange(0, CHUNK)
     if FULL:
@@ -110,12 +96,12 @@ def _store(base, value, count, CHUNK: tl.constexpr, FULL: tl.constexpr):
         tl.store(base + i, value, mask=i < count)
 
 
-@triton.jit
+@part
 def _dot_chunk(a, b, count, CHUNK: tl.constexpr, FULL: tl.constexpr):
     return tl.sum(_load(a, count, CHUNK, FULL) * _load(b, count, CHUNK, FULL))
 
 
-@triton.jit
+@part
 def _cg_chunk(x, r, p, Ap, alpha, shift, count, CHUNK: tl.constexpr, FULL: tl.constexpr):
     # Loads first: the compiler must not move one above a store that might be to the same place.
     along = _load(p, count, CHUNK, FULL)
@@ -128,13 +114,13 @@ def _cg_chunk(x, r, p, Ap, alpha, shift, count, CHUNK: tl.constexpr, FULL: tl.co
     return tl.sum(r_new * r_new)
 
 
-@triton.jit
+@part
 def _direction_chunk(p, r, beta, count, CHUNK: tl.constexpr, FULL: tl.constexpr):
     p_new = _load(r, count, CHUNK, FULL) + beta * _load(p, count, CHUNK, FULL)
     _store(p, p_new, count, CHUNK, FULL)
 
 
-@triton.jit
+@part
 def _single_reduction_chunk(
     x, r, p, s, Ar, alpha, beta, count, CHUNK: tl.constexpr, FULL: tl.constexpr
 ):
@@ -157,8 +143,8 @@ def _dots_kernel(
 ):  # fmt: skip
     count = tl.load(chunks + 3 * tl.program_id(0) + 2)
     for pair in range(num_pairs):
-        a = _base(addresses, chunks, 2 * pair, num_tensors, DTYPE, ALIGNED, CHUNK)
-        b = _base(addresses, chunks, 2 * pair + 1, num_tensors, DTYPE, ALIGNED, CHUNK)
+        a = _base(addresses, chunks, 2 * pair, num_tensors, DTYPE, ALIGNED)
+        b = _base(addresses, chunks, 2 * pair + 1, num_tensors, DTYPE, ALIGNED)
         if count == CHUNK:
             part = _dot_chunk(a, b, count, CHUNK, True)
         else:
@@ -174,10 +160,10 @@ def _cg_update_kernel(
     count = tl.load(chunks + 3 * tl.program_id(0) + 2)
     alpha = tl.load(alpha_ptr).to(DTYPE)
     shift = tl.load(shift_ptr).to(DTYPE)
-    x = _base(addresses, chunks, 0, num_tensors, DTYPE, ALIGNED, CHUNK)
-    r = _base(addresses, chunks, 1, num_tensors, DTYPE, ALIGNED, CHUNK)
-    p = _base(addresses, chunks, 2, num_tensors, DTYPE, ALIGNED, CHUNK)
-    Ap = _base(addresses, chunks, 3, num_tensors, DTYPE, ALIGNED, CHUNK)
+    x = _base(addresses, chunks, 0, num_tensors, DTYPE, ALIGNED)
+    r = _base(addresses, chunks, 1, num_tensors, DTYPE, ALIGNED)
+    p = _base(addresses, chunks, 2, num_tensors, DTYPE, ALIGNED)
+    Ap = _base(addresses, chunks, 3, num_tensors, DTYPE, ALIGNED)
     if count == CHUNK:
         part = _cg_chunk(x, r, p, Ap, alpha, shift, count, CHUNK, True)
     else:
@@ -192,8 +178,8 @@ def _direction_update_kernel(
 ):  # fmt: skip
     count = tl.load(chunks + 3 * tl.program_id(0) + 2)
     beta = tl.load(beta_ptr).to(DTYPE)
-    p = _base(addresses, chunks, 0, num_tensors, DTYPE, ALIGNED, CHUNK)
-    r = _base(addresses, chunks, 1, num_tensors, DTYPE, ALIGNED, CHUNK)
+    p = _base(addresses, chunks, 0, num_tensors, DTYPE, ALIGNED)
+    r = _base(addresses, chunks, 1, num_tensors, DTYPE, ALIGNED)
     if count == CHUNK:
         _direction_chunk(p, r, beta, count, CHUNK, True)
     else:
@@ -208,11 +194,11 @@ def _single_reduction_update_kernel(
     count = tl.load(chunks + 3 * tl.program_id(0) + 2)
     alpha = tl.load(alpha_ptr).to(DTYPE)
     beta = tl.load(beta_ptr).to(DTYPE)
-    x = _base(addresses, chunks, 0, num_tensors, DTYPE, ALIGNED, CHUNK)
-    r = _base(addresses, chunks, 1, num_tensors, DTYPE, ALIGNED, CHUNK)
-    p = _base(addresses, chunks, 2, num_tensors, DTYPE, ALIGNED, CHUNK)
-    s = _base(addresses, chunks, 3, num_tensors, DTYPE, ALIGNED, CHUNK)
-    Ar = _base(addresses, chunks, 4, num_tensors, DTYPE, ALIGNED, CHUNK)
+    x = _base(addresses, chunks, 0, num_tensors, DTYPE, ALIGNED)
+    r = _base(addresses, chunks, 1, num_tensors, DTYPE, ALIGNED)
+    p = _base(addresses, chunks, 2, num_tensors, DTYPE, ALIGNED)
+    s = _base(addresses, chunks, 3, num_tensors, DTYPE, ALIGNED)
+    Ar = _base(addresses, chunks, 4, num_tensors, DTYPE, ALIGNED)
     if count == CHUNK:
         _single_reduction_chunk(x, r, p, s, Ar, alpha, beta, count, CHUNK, True)
     else:
@@ -229,144 +215,24 @@ def _combine_kernel(partials, sums, num_chunks, BLOCK: tl.constexpr):
     tl.store(sums + tl.program_id(0), tl.sum(total).to(sums.dtype.element_ty))
 
 
-class _Layout(NamedTuple):
-    """Everything that a launch needs to know about its trees."""
-
-    addresses: Tensor  # (vectors, tensors) int64, without empty tensors
-    chunks: Tensor  # (chunks, 3) int64: tensor, first element, number of elements
-    like: Tensor
-    aligned: bool
-    keep: list[list[Tensor]]  # copies must live until the launch is queued
-
-    @property
-    def constants(self) -> dict[str, object]:
-        """The compile-time arguments of a chunked kernel."""
-        dtype = DTYPES[self.like.dtype]
-        return {"DTYPE": dtype, "ALIGNED": self.aligned, "CHUNK": CHUNK, "num_warps": NUM_WARPS}
-
-
-def _upload(host: Tensor, device: torch.device) -> Tensor:
-    """Copy without a synchronisation: the pinned buffer is kept by PyTorch until it was read."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-
-
-# Both tables are functions of their keys alone, so a stale entry is never a wrong one. The stream
-# is a key because the copy is ordered on it.
-@lru_cache(maxsize=256)
-def _address_table(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    return _upload(torch.tensor(addresses, dtype=torch.int64, device="cpu"), device)
-
-
-@lru_cache(maxsize=32)
-def _chunk_map(sizes: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    size = torch.tensor(sizes, dtype=torch.int64, device="cpu")
-    num_chunks = (size + CHUNK - 1) // CHUNK
-    tensor = torch.repeat_interleave(num_chunks)
-    first = (num_chunks.cumsum(0) - num_chunks)[tensor]
-    start = (torch.arange(len(tensor), device="cpu") - first) * CHUNK
-    count = (size[tensor] - start).clamp(max=CHUNK)
-    return _upload(torch.stack([tensor, start, count], dim=1).contiguous(), device)
-
-
-def _refuse(name: str, expected: str, got: object, do: str) -> None:
-    raise ValueError(f"{name}: expected {expected}, got {got}; {do}")
-
-
-def _check(name: str, tree: Tensors, like_name: str, like: Tensors) -> None:
-    """Raise unless `tree` fits `like` and no derivative is asked for."""
-    if len(tree) != len(like):
-        _refuse(name, f"{len(like)} tensors as in {like_name}", len(tree), "pass equal trees")
-    first = like[0] if like else None
-    for i, (a, b) in enumerate(zip(tree, like, strict=True)):
-        if a.shape != b.shape:
-            _refuse(f"{name}[{i}]", f"shape {tuple(b.shape)}", tuple(a.shape), "pass equal trees")
-        if a.dtype != first.dtype or a.dtype not in DTYPES:
-            _refuse(f"{name}[{i}]", "float32 or float64, one for all", a.dtype, "cast the trees")
-        if a.device != first.device:
-            _refuse(f"{name}[{i}]", f"device {first.device}", a.device, "move the trees together")
-        if (a.requires_grad and torch.is_grad_enabled()) or _has_tangent(a):
-            raise RuntimeError(
-                f"{name}[{i}]: expected no autograd, as the update has no derivative, got a tensor "
-                "that is recorded; detach it, enter torch.no_grad() or call the reference"
-            )
-
-
-def _has_tangent(a: Tensor) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(a).tangent is not None
-
-
-def _check_written(trees: dict[str, Tensors], written: Sequence[str]) -> None:
-    """Raise unless written tensors are contiguous and share memory with no other one."""
-    for name in written:
-        for i, tensor in enumerate(trees[name]):
-            if not tensor.is_contiguous():
-                _refuse(
-                    f"{name}[{i}]",
-                    "a contiguous tensor, as it is written in place",
-                    f"strides {tensor.stride()}",
-                    "call .contiguous() before the solve",
-                )
-    starts: dict[int, str] = {}
-    for name, tree in trees.items():
-        for i, tensor in enumerate(tree):
-            other = starts.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
-            if other != name and (name in written or other in written):
-                _refuse(f"{name}[{i}]", f"memory of its own, as {' and '.join(written)} change",
-                        f"a tensor that begins where one of {other} does", "clone it")  # fmt: skip
-
-
-def _check_scalar(name: str, value: Tensor, like: Tensors) -> None:
-    fits = value.shape == () and (not like or value.device == like[0].device)
-    if not fits or value.dtype not in DTYPES:
-        _refuse(
-            name,
-            "a float32 or float64 tensor of shape () on the device of the trees",
-            f"{value.dtype} {tuple(value.shape)} on {value.device}",
-            "move or reshape it",
-        )
-    if (value.requires_grad and torch.is_grad_enabled()) or _has_tangent(value):
-        raise RuntimeError(f"{name}: expected no autograd, got a recorded tensor; detach it")
-
-
-def _layout(trees: dict[str, Tensors], written: Sequence[str] = ()) -> _Layout | None:
-    """Check the trees and return their tables; None where they hold no element."""
-    like_name, like = next(iter(trees.items()))
-    for name, tree in trees.items():
-        _check(name, tree, like_name, like)
-    _check_written(trees, written)
-    keep = [[tensor.contiguous() for tensor in tree if tensor.numel()] for tree in trees.values()]
-    if not keep[0]:
-        return None
-    device = keep[0][0].device
-    if device.type != "cuda" and isinstance(_combine_kernel, triton.JITFunction):
-        _refuse(
-            like_name,
-            "tensors on a GPU",
-            device,
-            "move them, call the reference, or set TRITON_INTERPRET=1 before the import",
-        )
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    addresses = tuple(tensor.data_ptr() for tree in keep for tensor in tree)
-    return _Layout(
-        _address_table(addresses, device, stream),
-        _chunk_map(tuple(tensor.numel() for tensor in keep[0]), device, stream),
-        keep[0][0],
-        all(address % ALIGNMENT == 0 for address in addresses),
-        keep,
-    )
-
-
-def _on(device: torch.device) -> object:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def _launch(kernel, layout: Layout, *args: object) -> None:
+    """Launch one program for each chunk."""
+    launch(
+        kernel, (len(layout.chunks),), layout.like.device,
+        layout.addresses, layout.chunks, *args, **layout.constants,
+    )  # fmt: skip
 
 
 def _combine(partials: Tensor, like: Tensor) -> Tensor:
     sums = torch.empty(len(partials), dtype=like.dtype, device=like.device)
-    _combine_kernel[(len(partials),)](partials, sums, partials.shape[1], BLOCK=COMBINE_BLOCK)
+    launch(
+        _combine_kernel, (len(partials),), like.device,
+        partials, sums, partials.shape[1], BLOCK=COMBINE_BLOCK,
+    )  # fmt: skip
     return sums
 
 
-def _partials(num_rows: int, layout: _Layout) -> Tensor:
+def _partials(num_rows: int, layout: Layout) -> Tensor:
     shape = (num_rows, len(layout.chunks))
     return torch.empty(shape, dtype=torch.float64, device=layout.like.device)
 
@@ -388,17 +254,14 @@ def dots(pairs: Sequence[tuple[Tensors, Tensors]]) -> Tensor:
     trees = {
         n.format(i): t for i, pair in enumerate(pairs) for n, t in zip(names, pair, strict=True)
     }
-    layout = _layout(trees) if trees else None
+    layout = layout_of(trees) if trees else None
     if layout is None:
         like = next((tensor for tree in trees.values() for tensor in tree), torch.empty(0))
         return like.new_zeros(len(pairs))
     partials = _partials(len(pairs), layout)
-    with _on(layout.like.device):
-        _dots_kernel[(len(layout.chunks),)](
-            layout.addresses, layout.chunks, partials, len(layout.keep[0]), len(pairs),
-            len(layout.chunks), **layout.constants,
-        )  # fmt: skip
-        return _combine(partials, layout.like)
+    num_tensors, num_chunks = len(layout.keep[0]), len(layout.chunks)
+    _launch(_dots_kernel, layout, partials, num_tensors, len(pairs), num_chunks)
+    return _combine(partials, layout.like)
 
 
 def cg_update_(
@@ -422,18 +285,14 @@ def cg_update_(
         RuntimeError: where autograd would record the call.
     """
     shift = alpha.new_zeros(()) if shift is None else shift
-    _check_scalar("alpha", alpha, x)
-    _check_scalar("shift", shift, x)
-    layout = _layout({"x": x, "r": r, "p": p, "Ap": Ap}, written=("x", "r"))
+    check_scalar("alpha", alpha, x)
+    check_scalar("shift", shift, x)
+    layout = layout_of({"x": x, "r": r, "p": p, "Ap": Ap}, written=("x", "r"))
     if layout is None:
         return (x[0] if x else alpha).new_zeros(())
     partials = _partials(1, layout)
-    with _on(layout.like.device):
-        _cg_update_kernel[(len(layout.chunks),)](
-            layout.addresses, layout.chunks, partials, alpha, shift, len(layout.keep[0]),
-            **layout.constants,
-        )  # fmt: skip
-        return _combine(partials, layout.like)[0]
+    _launch(_cg_update_kernel, layout, partials, alpha, shift, len(layout.keep[0]))
+    return _combine(partials, layout.like)[0]
 
 
 def direction_update_(p: Tensors, r: Tensors, beta: Tensor) -> None:
@@ -448,14 +307,10 @@ def direction_update_(p: Tensors, r: Tensors, beta: Tensor) -> None:
         ValueError: where shapes, types, devices or strides do not fit.
         RuntimeError: where autograd would record the call (differentiable to order 0).
     """
-    _check_scalar("beta", beta, p)
-    layout = _layout({"p": p, "r": r}, written=("p",))
-    if layout is None:
-        return
-    with _on(layout.like.device):
-        _direction_update_kernel[(len(layout.chunks),)](
-            layout.addresses, layout.chunks, beta, len(layout.keep[0]), **layout.constants
-        )
+    check_scalar("beta", beta, p)
+    layout = layout_of({"p": p, "r": r}, written=("p",))
+    if layout is not None:
+        _launch(_direction_update_kernel, layout, beta, len(layout.keep[0]))
 
 
 def single_reduction_update_(
@@ -478,13 +333,9 @@ def single_reduction_update_(
         ValueError: where shapes, types, devices or strides do not fit.
         RuntimeError: where autograd would record the call (differentiable to order 0).
     """
-    _check_scalar("alpha", alpha, x)
-    _check_scalar("beta", beta, x)
+    check_scalar("alpha", alpha, x)
+    check_scalar("beta", beta, x)
     trees = {"x": x, "r": r, "p": p, "s": s, "Ar": Ar}
-    layout = _layout(trees, written=("x", "r", "p", "s"))
-    if layout is None:
-        return
-    with _on(layout.like.device):
-        _single_reduction_update_kernel[(len(layout.chunks),)](
-            layout.addresses, layout.chunks, alpha, beta, len(layout.keep[0]), **layout.constants
-        )
+    layout = layout_of(trees, written=("x", "r", "p", "s"))
+    if layout is not None:
+        _launch(_single_reduction_update_kernel, layout, alpha, beta, len(layout.keep[0]))

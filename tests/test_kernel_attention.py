@@ -17,6 +17,8 @@ pytest.importorskip("triton")
 from ispen_kernels import attention as kernels
 from ispen_kernels.attention import attention, attention_reference, supports
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
@@ -28,18 +30,17 @@ SHAPES = [
     (2, 1, 1, 1, 16),
     (1, 2, 3, 17, 16),
     (1, 1, 33, 17, 24),
-    (2, 1, 17, 65, 64),
+    (1, 1, 17, 65, 64),
     (1, 1, 65, 33, 5),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fill the memory of outputs with NaN: a place that no kernel writes shows."""
-    fresh = kernels._empty
-    monkeypatch.setattr(
-        kernels, "_empty", lambda *args, **kwargs: fresh(*args, **kwargs).fill_(float("nan"))
-    )
+# The interpreter is slow: every shape in float64, the strictest, and every type at two odd shapes.
+ODD = (SHAPES[1], SHAPES[-1])
+CASES = [
+    (shape, dtype)
+    for shape in SHAPES
+    for dtype in (*EXACT, *DTYPES)
+    if not EXACT or dtype in EXACT or shape in ODD
+]
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
@@ -133,8 +134,7 @@ def check(p: Problem) -> None:
 
 
 class TestOperators:
-    @pytest.mark.parametrize("dtype", [*EXACT, *DTYPES], ids=str)
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
     def test_value_tangent_adjoint_and_its_tangent(self, shape, dtype):
         check(Problem(shape, dtype))
 
@@ -224,7 +224,7 @@ class TestOperators:
         assert error <= 2 * allowed + FLOOR_IN_EPS * torch.finfo(torch.float32).eps
 
     def test_results_are_reproducible(self):
-        p = Problem((1, 1, 33, 33, 16), torch.float32)
+        p = Problem((1, 1, 3, 33, 16), torch.float32)
         first, second = by_operators(p), by_operators(p)
         assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
@@ -252,8 +252,8 @@ class TestOperators:
 
 def loss_of(attend, dtype=torch.float64):
     """A scalar function of (q, k, v) with curvature of its own."""
-    key_bias = torch.tensor([[0.0] * 5, [0.0] * 3 + [-1e4] * 2], device=DEVICE, dtype=dtype)
-    weight = random(2, 1, 3, 16, dtype=dtype, seed=9)
+    key_bias = torch.tensor([[0.0] * 3 + [-1e4] * 2], device=DEVICE, dtype=dtype)
+    weight = random(1, 1, 3, 16, dtype=dtype, seed=9)
 
     def loss(q, k, v):
         return (torch.sin(attend(q, k, v, key_bias)) * weight).sum()
@@ -262,7 +262,7 @@ def loss_of(attend, dtype=torch.float64):
 
 
 def second_problem(dtype=torch.float64):
-    p = Problem((2, 1, 3, 5, 16), dtype)
+    p = Problem((1, 1, 3, 5, 16), dtype)
     return tuple(p.point), tuple(p.dots)
 
 
@@ -442,7 +442,7 @@ class TestDerivatives:
 
     def test_bias_is_a_constant(self):
         point, _ = second_problem(BEST)
-        key_bias = torch.zeros(2, 5, device=DEVICE, dtype=BEST, requires_grad=True)
+        key_bias = torch.zeros(1, 5, device=DEVICE, dtype=BEST, requires_grad=True)
         assert not attention(*point, key_bias).requires_grad
 
 

@@ -66,7 +66,11 @@ class CompiledAtLaunch:
 
 def described(name, args, constants, compiled, log):
     """Return what the tests ask about one compiled kernel."""
-    first = next(str(x.dtype)[6:] for x in args if hasattr(x, "dtype"))
+    # An operand of attention is a tensor with its strides; rows of heads carry the head size.
+    tensors = [getattr(x, "pointer", x) for x in args]
+    first = next(str(x.dtype)[6:] for x in tensors if hasattr(x, "dtype"))
+    rows = [x for x in args if hasattr(x, "ROWS")]
+    constants |= {"H": rows[0].H.value} if rows else {}
     dtype = {"fp32": "float32", "fp64": "float64"}.get(str(constants.get("DTYPE")), first)
     constants = {key: str(value) for key, value in constants.items()}
     texts = [str(compiled.asm[stage]) for stage in ("ttir", "ttgir", "ptx")]
@@ -98,95 +102,99 @@ class Hopper:
 
 
 @contextlib.contextmanager
-def compiling(module, whole):
-    """Have the launchers of a module compile what they launch; with `whole`, all its kernels."""
-    kernels = {name: x for name, x in vars(module).items() if name.endswith("_kernel")}
-    launched: set[str] = set()
-    for name, kernel in kernels.items():
-        setattr(module, name, CompiledAtLaunch(kernel, launched))
+def compiling(modules, whole):
+    """Have the launchers of modules compile what they launch; with `whole`, all their kernels."""
+    names, launched = set(), set()
+    for module in modules:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            names.add(name)
+            setattr(module, name, CompiledAtLaunch(getattr(module, name), launched))
     yield
-    assert not whole or launched == set(kernels), f"never launched: {set(kernels) - launched}"
+    assert not whole or launched == names, f"never launched: {names - launched}"
 
 
-def launch_attention(module):
+def launch_attention(forward, backward):
     for dtype, (B, N, T, H) in ATTENTION:
         x = torch.zeros(B, N, T, H, dtype=getattr(torch, dtype))
         point, scale = (x, x, x, torch.zeros(B, T)), H**-0.5
-        o, lse2 = module.attention_forward(*point, scale)
-        module.attention_forward_tangent(*point, x, x, x, scale)
-        _, lse_dot = module.attention_tangent(*point, o, lse2, x, x, x, scale)
-        module.attention_backward(*point, o, lse2, x, scale)
-        D = module.attention_row_dot(x, x, x, x)
-        module.attention_backward_tangent(*point, lse2, D, *[x] * 5, lse_dot, D, scale)
+        o, lse2 = forward.attention_forward(*point, scale)
+        forward.attention_forward_tangent(*point, x, x, x, scale)
+        _, lse_dot = forward.attention_tangent(*point, o, lse2, x, x, x, scale)
+        backward.attention_backward(*point, o, lse2, x, scale)
+        D = backward.attention_row_dot(x, x, x, x)
+        backward.attention_backward_tangent(*point, lse2, D, *[x] * 5, lse_dot, D, scale)
 
 
-def launch_narrow(module):
+def launch_narrow(forward):
     """Launch what Triton 3.9 cannot compile, apart: it ends the process."""
     x = torch.zeros(1, 2, 128, 32)
-    module.attention_forward_tangent(x, x, x, None, x, x, x, 32**-0.5)
+    forward.attention_forward_tangent(x, x, x, None, x, x, x, 32**-0.5)
 
 
-def launch_energies(module):
+def launch_energies(label_interaction, skip_chain):
     for dtype in (torch.float32, torch.float64):
         y, M, v = (torch.zeros(shape, dtype=dtype) for shape in ((4, 159), (64, 159), (64,)))
-        module._label_interaction_gradient(y, M, v)
-        module._label_interaction_product(y, y, M, v)
-        module._label_interaction_all(y, y, M, v)
-        for tags in (25, module.MAX_TAGS) if dtype == torch.float32 else (25,):
+        label_interaction.gradient(y, M, v)
+        label_interaction.product(y, y, M, v)
+        label_interaction.gradient_and_product(y, y, M, v)
+        for tags in (25, skip_chain.MAX_TAGS) if dtype == torch.float32 else (25,):
             y, W = torch.zeros(4, 40, tags, dtype=dtype), torch.zeros(2, tags, tags, dtype=dtype)
-            module._skip_chain_gradient(y, W)
-            module._skip_chain_all(y, y, W)
+            skip_chain.gradient(y, W)
+            skip_chain.gradient_and_product(y, y, W)
 
 
-def launch_norms(module):
+def launch_norms(layer_norm, gelu):
     for width in WIDTHS:
         x, w = torch.zeros(64, width), torch.zeros(width)
         rows = x[:, 0], x[:, 0]
-        module._layer_norm(x, w, w, 1e-5)
-        module._layer_norm_with_tangent(x, w, w, x, w, w, 1e-5)
-        module._layer_norm_tangent(x, w, w, x, w, w, 1e-5)
-        module._layer_norm_backward(x, x, w, *rows)
-        module._layer_norm_backward_tangent(x, None, x, x, w, w, *rows)
-        module._layer_norm_backward_tangent(x, x, x, x, w, w, *rows)
-    module._gelu(x)
-    module._gelu_with_tangent(x, x)
-    module._gelu_backward(x, x)
-    module._gelu_backward_tangent(x, None, x, x)
-    module._gelu_backward_tangent(x, x, x, x)
+        layer_norm.forward(x, w, w, 1e-5)
+        layer_norm.forward_with_tangent(x, w, w, x, w, w, 1e-5)
+        layer_norm.tangent(x, w, w, x, w, w, 1e-5)
+        layer_norm.backward(x, x, w, *rows)
+        layer_norm.backward_tangent(x, None, x, x, w, w, *rows)
+        layer_norm.backward_tangent(x, x, x, x, w, w, *rows)
+    gelu.forward(x)
+    gelu.forward_with_tangent(x, x)
+    gelu.backward(x, x)
+    gelu.backward_tangent(x, None, x, x)
+    gelu.backward_tangent(x, x, x, x)
 
 
-def launch_solver(module):
+def launch_solver(solver):
+    from ispen_kernels.trees import CHUNK
+
     for dtype in (torch.float32, torch.float64):
         for offset in (0, 1):  # a view that starts anywhere has no wide loads
-            trees = [[torch.zeros(module.CHUNK + 4, dtype=dtype)[offset:]] for _ in range(5)]
+            trees = [[torch.zeros(CHUNK + 4, dtype=dtype)[offset:]] for _ in range(5)]
             one = torch.ones((), dtype=dtype)
-            module.dots([(trees[0], trees[1])])
-            module.cg_update_(*trees[:4], one)
-            module.direction_update_(*trees[:2], one)
-            module.single_reduction_update_(*trees, one, one)
+            solver.dots([(trees[0], trees[1])])
+            solver.cg_update_(*trees[:4], one)
+            solver.direction_update_(*trees[:2], one)
+            solver.single_reduction_update_(*trees, one, one)
 
 
 LAUNCHES = {
-    "attention": launch_attention,
-    "energies": launch_energies,
-    "norms": launch_norms,
-    "solver": launch_solver,
-    "narrow": launch_narrow,
+    "attention": (launch_attention, ("attention_forward", "attention_backward")),
+    "energies": (launch_energies, ("label_interaction_passes", "skip_chain_passes")),
+    "norms": (launch_norms, ("layer_norm_passes", "gelu_passes")),
+    "solver": (launch_solver, ("solver",)),
+    "narrow": (launch_narrow, ("attention_forward",)),
 }
-# Launches that are a part of a module.
-MODULES = {"narrow": "attention"}
+# Launches of a part of a module.
+PARTS = ("narrow",)
 
 
 def main(name: str) -> None:
-    """Compile the kernels of one module, and print a line for each."""
+    """Compile the kernels of some modules, and print a line for each."""
     import triton
 
     triton.runtime.driver.set_active(Hopper())
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
-    module = importlib.import_module(f"ispen_kernels.{MODULES.get(name, name)}")
-    with compiling(module, whole=name not in MODULES):
-        LAUNCHES[name](module)
+    launches, names = LAUNCHES[name]
+    modules = [importlib.import_module(f"ispen_kernels.{each}") for each in names]
+    with compiling(modules, whole=name not in PARTS):
+        launches(*modules)
 
 
 def missing() -> str | None:
@@ -202,7 +210,7 @@ def missing() -> str | None:
 
 
 def compiled_facts(name):
-    """Compile the kernels of one module in a process of its own."""
+    """Compile the kernels of some modules in a process of its own."""
     reason = missing()
     if reason:
         pytest.skip(f"cannot compile for a GPU: {reason}")
@@ -221,7 +229,7 @@ def known_spill(fact):
     return KNOWN_SPILLS.get((name, fact["dtype"], size), 0)
 
 
-@pytest.mark.parametrize("name", [name for name in LAUNCHES if name not in MODULES])
+@pytest.mark.parametrize("name", [name for name in LAUNCHES if name not in PARTS])
 def test_kernels_compile_for_hopper(name):
     facts = compiled_facts(name)
     assert facts

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from exactness import DEVICE, assert_as_exact, random
 from torch.autograd import forward_ad, grad, gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -12,12 +13,22 @@ if not CUDA:  # read by Triton when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from ispen_kernels import energies  # noqa: E402
+from ispen_kernels import (  # noqa: E402
+    energies,
+    label_interaction_passes,
+    skip_chain_passes,
+)
 
-DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DTYPES = [torch.float32, torch.float64]
 # B, L, U: one of each, odd, more labels than a tile, more units than a block.
-LABEL_SIZES = [(1, 1, 1), (3, 17, 5), (2, 257, 33), (2, 33, energies.MAX_BLOCK_UNITS + 3)]
+LABEL_SIZES = [
+    (1, 1, 1),
+    (3, 17, 5),
+    (2, 257, 33),
+    (2, 33, label_interaction_passes.MAX_BLOCK_UNITS + 3),
+]
 # B, T, K, D: one of each, sequences shorter than an offset, several blocks of tokens, most tags.
 CHAIN_SIZES = [(1, 1, 1, 1), (3, 2, 3, 3), (2, 33, 17, 2), (1, 17, 64, 1)]
 
@@ -29,19 +40,6 @@ PUBLIC = {
     ),
     "skip_chain": (energies.skip_chain, energies.skip_chain_reference, [(2, 3, 2), (2, 2, 2)]),
 }
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Fill every buffer of torch.empty with NaN, so that a place never written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def random(*shape, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def arguments(name, dtype=torch.float64):
@@ -58,16 +56,6 @@ def all_of(reference, y, y_dot, *parameters):
     (gradient,) = grad(energy.sum(), y, create_graph=True)
     (product,) = grad((gradient * y_dot).sum(), y)
     return energy.detach(), gradient.detach(), product
-
-
-def assert_as_exact(got, eager, exact, floor):
-    """The error against float64 is at most twice that of eager PyTorch, plus `floor` eps."""
-    assert got.dtype == eager.dtype
-    assert got.shape == exact.shape
-    if got.numel():
-        error, allowed = ((a.double() - exact).abs().max().item() for a in (got, eager))
-        slack = floor * torch.finfo(got.dtype).eps * exact.abs().max().item()
-        assert error <= 2.0 * allowed + slack, (error, allowed, slack)
 
 
 def assert_all_as_exact(kernel, reference, inputs):
@@ -218,11 +206,11 @@ def test_operators_match_their_declarations():
     y, y_dot, M, v = random(2, 3), random(2, 3, seed=1), random(4, 3), random(4)
     Y, Y_dot, W = random(2, 3, 2), random(2, 3, 2, seed=1), random(1, 2, 2)
     for op, args in (
-        (energies._label_interaction_gradient, (y.T.contiguous().T, M, v)),
-        (energies._label_interaction_product, (y, y_dot, M, v)),
-        (energies._label_interaction_all, (y, y_dot, M, v)),
-        (energies._skip_chain_gradient, (Y.mT.contiguous().mT, W)),
-        (energies._skip_chain_all, (Y, Y_dot, W)),
+        (label_interaction_passes.gradient, (y.T.contiguous().T, M, v)),
+        (label_interaction_passes.product, (y, y_dot, M, v)),
+        (label_interaction_passes.gradient_and_product, (y, y_dot, M, v)),
+        (skip_chain_passes.gradient, (Y.mT.contiguous().mT, W)),
+        (skip_chain_passes.gradient_and_product, (Y, Y_dot, W)),
     ):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 

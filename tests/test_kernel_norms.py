@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from exactness import DEVICE, assert_as_exact, random
 from torch.autograd import forward_ad, grad, gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -12,29 +13,17 @@ if not CUDA:  # read by Triton when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from ispen_kernels import norms  # noqa: E402
+from ispen_kernels import gelu_passes, layer_norm_passes, norms  # noqa: E402
 
-DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DTYPES = [torch.float32, torch.float64]
-SIZES = [(1, 1), (3, 17), (17, 33), (2, 257)]
+SIZES = [(1, 1), (3, 17), (5, 33), (2, 257)]
 
 PUBLIC = {
     "layer_norm": (norms.layer_norm, norms.layer_norm_reference, [(2, 3), (3,), (3,)]),
     "gelu": (norms.gelu, norms.gelu_reference, [(2, 3)]),
 }
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Fill every buffer of torch.empty with NaN, so that a place never written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def random(*shape, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def arguments(name, seed=0):
@@ -58,16 +47,6 @@ def passes(function, inputs, dots, g, g_dot):
     return [part.detach() for pair in pairs for part in pair]
 
 
-def assert_as_exact(got, eager, exact, floor):
-    """The error against float64 is at most twice that of eager PyTorch, plus `floor` eps."""
-    assert got.dtype == eager.dtype
-    assert got.shape == exact.shape
-    if got.numel():
-        error, allowed = ((a.double() - exact).abs().max().item() for a in (got, eager))
-        slack = floor * torch.finfo(got.dtype).eps * max(1.0, exact.abs().max().item())
-        assert error <= 2.0 * allowed + slack, (error, allowed, slack)
-
-
 def assert_passes_as_exact(name, inputs, dots, g, g_dot):
     function, reference, _ = PUBLIC[name]
     arguments_32_or_64 = (inputs, dots, g, g_dot)
@@ -76,7 +55,7 @@ def assert_passes_as_exact(name, inputs, dots, g, g_dot):
     exact = passes(reference, *doubles)
     assert len(got) == 2 + 2 * len(inputs)
     for trio in zip(got, eager, exact, strict=True):
-        assert_as_exact(*trio, floor=8)
+        assert_as_exact(*trio, floor=8, least_size=1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,7 +72,7 @@ def test_every_pass_of_layer_norm_is_as_exact_as_eager(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(1,), (17, 33), (2, norms.GELU_BLOCK + 1)])
+@pytest.mark.parametrize("size", [(1,), (17, 33), (2, gelu_passes.BLOCK_ELEMENTS + 1)])
 def test_every_pass_of_gelu_is_as_exact_as_eager(size, dtype):
     x, x_dot, g, g_dot = (random(*size, dtype=dtype, seed=s) for s in range(4))
     assert_passes_as_exact("gelu", [3.0 * x], [x_dot], g, g_dot)
@@ -112,10 +91,10 @@ def test_value_and_tangent_in_one_pass_equal_those_in_two(dtype):
 
 
 def test_more_rows_than_partial_sums(monkeypatch):
-    monkeypatch.setattr(norms, "NUM_PARTIALS", 5)
-    monkeypatch.setattr(norms, "COMBINE_COLUMNS", 4)
-    monkeypatch.setattr(norms, "COMBINE_ROWS", 2)
-    x, x_dot, g, g_dot = (random(17, 9, seed=s) for s in range(4))
+    monkeypatch.setattr(layer_norm_passes, "NUM_PARTIALS", 3)
+    monkeypatch.setattr(layer_norm_passes, "COMBINE_COLUMNS", 4)
+    monkeypatch.setattr(layer_norm_passes, "COMBINE_ROWS", 2)
+    x, x_dot, g, g_dot = (random(7, 9, seed=s) for s in range(4))
     weights = [random(9, seed=s) for s in range(4)]
     assert_passes_as_exact("layer_norm", [x, *weights[:2]], [x_dot, *weights[2:]], g, g_dot)
     gradients = [grad((norms.layer_norm(*a) * g).sum(), a) for a in [leaves([x, *weights[:2]])] * 2]
@@ -225,18 +204,18 @@ def test_two_gradients_are_traced_as_opaque_operators(name, mode):
 def test_operators_match_their_declarations():
     x, g, x_dot, w, b = random(2, 3), random(2, 3), random(2, 3), random(3), random(3)
     strided = x.T.contiguous().T
-    _, mean, rstd = norms._layer_norm(x, w, b, 1e-5)
+    _, mean, rstd = layer_norm_passes.forward(x, w, b, 1e-5)
     for op, args in (
-        (norms._layer_norm, (strided, w, b, 1e-5)),
-        (norms._layer_norm_with_tangent, (x, w, b, x_dot, w, b, 1e-5)),
-        (norms._layer_norm_tangent, (x, w, b, x_dot, w, b, 1e-5)),
-        (norms._layer_norm_backward, (g, strided, w, mean, rstd)),
-        (norms._layer_norm_backward_tangent, (g, g, x, x_dot, w, w, mean, rstd)),
-        (norms._layer_norm_backward_tangent, (g, None, x, x_dot, w, w, mean, rstd)),
-        (norms._gelu, (strided,)),
-        (norms._gelu_with_tangent, (x, x_dot)),
-        (norms._gelu_backward, (g, strided)),
-        (norms._gelu_backward_tangent, (g, None, x, x_dot)),
+        (layer_norm_passes.forward, (strided, w, b, 1e-5)),
+        (layer_norm_passes.forward_with_tangent, (x, w, b, x_dot, w, b, 1e-5)),
+        (layer_norm_passes.tangent, (x, w, b, x_dot, w, b, 1e-5)),
+        (layer_norm_passes.backward, (g, strided, w, mean, rstd)),
+        (layer_norm_passes.backward_tangent, (g, g, x, x_dot, w, w, mean, rstd)),
+        (layer_norm_passes.backward_tangent, (g, None, x, x_dot, w, w, mean, rstd)),
+        (gelu_passes.forward, (strided,)),
+        (gelu_passes.forward_with_tangent, (x, x_dot)),
+        (gelu_passes.backward, (g, strided)),
+        (gelu_passes.backward_tangent, (g, None, x, x_dot)),
     ):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 

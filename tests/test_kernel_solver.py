@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from exactness import DEVICE, assert_as_exact
 from torch.autograd import forward_ad
 
 CUDA = torch.cuda.is_available()
@@ -12,11 +13,13 @@ if not CUDA:  # read by Triton when it is imported
 pytest.importorskip("triton")
 
 from ispen_kernels import solver  # noqa: E402
+from ispen_kernels.trees import CHUNK  # noqa: E402
 
-DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DTYPES = [torch.float32, torch.float64]
 # One element, odd sizes, an empty tensor, a whole chunk, one more than a chunk, several chunks.
-SHAPES = [(1,), (3, 17), (0, 4), (33,), (2, solver.CHUNK // 2), (solver.CHUNK + 1,), (), (257, 33)]
+SHAPES = [(1,), (3, 17), (0, 4), (33,), (2, CHUNK // 2), (CHUNK + 1,), (), (257, 33)]
 
 UPDATES = {
     "cg": (solver.cg_update_, solver.cg_update_reference, 4, 1),
@@ -28,14 +31,6 @@ UPDATES = {
         2,
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Fill every buffer of torch.empty with NaN, so that a place never written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def tree(dtype, seed, shapes=SHAPES):
@@ -52,16 +47,6 @@ def copies(tensors, dtype=None):
 
 def scalars(num, dtype):
     return [torch.tensor(value, dtype=dtype, device=DEVICE) for value in (0.37, -1.3)[:num]]
-
-
-def assert_as_exact(got, eager, exact, floor):
-    """The error against float64 is at most twice that of eager PyTorch, plus `floor` eps."""
-    assert got.dtype == eager.dtype
-    assert got.shape == exact.shape
-    if got.numel():
-        error, allowed = ((a.double() - exact).abs().max().item() for a in (got, eager))
-        slack = floor * torch.finfo(got.dtype).eps * exact.abs().max().item()
-        assert error <= 2.0 * allowed + slack, (error, allowed, slack)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
