@@ -29,8 +29,8 @@ _HELP = {
         "settings, data, network or checkpoint cannot work; the message says what to change"
     ),
     Exit.NOT_FINITE: (
-        "NaN or infinity under train.on_not_finite=stop or more than train.max_not_finite times "
-        "in a row, or a failed solve under solver.on_failure=stop"
+        "NaN or infinity under train.on_not_finite=stop, or train.max_not_finite times in a row; "
+        "or a failed solve under solver.on_failure=stop"
     ),
     Exit.HANG: "no progress for train.hang_timeout seconds; the stacks are in the log",
     Exit.DISK: "a checkpoint or record could not be written; make room and start again",

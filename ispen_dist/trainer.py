@@ -194,6 +194,7 @@ class Trainer:
             and config.inner.pretrain_learning_rate > 0.0
         )
         first = self.round * config.inner.steps
+        self.session.watchdog.beat("reading")
         batches = [self.inner_source.batch(first + i) for i in range(config.inner.steps)]
 
         def seed(i: int) -> None:

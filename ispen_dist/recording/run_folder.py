@@ -93,6 +93,8 @@ class RunFolder:
         self._metrics.write(step, "train", figures)
         self._tensorboard.scalars({f"train/{k}": v for k, v in figures.items()}, step)
         shown = {name: figures[key] for name, key in _SHOWN.items() if key in figures}
+        if not figures.get("not_finite"):
+            shown.pop("not finite", None)
         self._console.update(step, {**shown, **self._dev_shown})
 
     def record_dev(self, step: int, dev: Mapping[str, float]) -> None:
