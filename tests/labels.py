@@ -24,9 +24,7 @@ def labels(tmp_path_factory):
     folder = tmp_path_factory.mktemp("labels")
     draw = np.random.default_rng(0)
     features = draw.normal(size=(40, 6)).astype(np.float32)
-    np.savez(
-        folder / "all.npz", features=features, targets=(features[:, :3] > 0).astype(np.uint8)
-    )
+    np.savez(folder / "all.npz", features=features, targets=(features[:, :3] > 0).astype(np.uint8))
     data = {"task": "multilabel", "format": "npz", "root": str(folder), "train": ["all.npz"]}
     path = folder / "labels.yaml"
     path.write_text(yaml.safe_dump({"data": data, **SETTINGS}))

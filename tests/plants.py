@@ -1,7 +1,5 @@
 """Things that go wrong on one rank, planted before it begins; see `forks.py`."""
 
-import os
-import signal
 import time
 
 import torch
@@ -28,11 +26,6 @@ def nan_everywhere() -> None:
     _spoil_inner_loss(_in_round(4))
     _spoil_outer_loss(_in_round(5))
     _spoil_products(_in_round(6))
-
-
-def nan_in_data() -> None:
-    """In round 4 the second example of every batch has NaN among its features."""
-    _spoil_data(_in_round(3))
 
 
 def always_nan() -> None:
@@ -118,20 +111,6 @@ def no_file() -> None:
         raise DataError("planted.npz", None, "expected a file, found none")
 
     loading.load_splits = fail
-
-
-def stopped_by_the_system() -> None:
-    """In round 4 the process stands still, as a machine that hangs."""
-    from ispen_dist.trainer import Trainer
-
-    train_round = Trainer.train_round
-
-    def hanging(self):
-        if self.round == 3:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return train_round(self)
-
-    Trainer.train_round = hanging
 
 
 def sleeping_reader() -> None:

@@ -5,8 +5,8 @@ import os
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import accelerate  # noqa: E402, F401
-import deepspeed  # noqa: E402, F401
+import accelerate  # noqa: F401
+import deepspeed  # noqa: F401
 
-import ispen_dist.distributed.trouble  # noqa: E402
-import ispen_dist.trainer  # noqa: E402, F401
+import ispen_dist.distributed.trouble
+import ispen_dist.trainer  # noqa: F401

@@ -62,7 +62,7 @@ def test_a_hang_ends_all_ranks_with_4_and_the_stacks_of_all_threads(start):
     begin = time.monotonic()
     assert job.codes(timeout=60.0) == [Exit.HANG] * 2, job.text()
     assert time.monotonic() - begin < 30.0
-    for rank, function in enumerate(("all_reduce", "sleeping_reader")):
+    for rank, function in enumerate(("in all_reduce", "plants.py")):
         log = job.logs[rank].read_text()
         assert f"[rank {rank} on " in log
         assert "no progress for" in log
@@ -99,7 +99,7 @@ def test_a_signal_to_any_rank_saves_and_the_run_goes_on_as_undisturbed(
     assert all(torch.equal(state[name], undisturbed[name]) for name in state)
 
 
-NUM_ROUNDS = 60
+NUM_ROUNDS = 40
 LONG = [f"--train.max_outer_steps={NUM_ROUNDS - 2}", "--train.eval_every=50"]
 
 
