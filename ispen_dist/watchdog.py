@@ -36,7 +36,13 @@ class Watchdog:
         self.timeout, self._poll = timeout, poll
         self._beats, self._work, self._known = 0, "start", {"start"}
         self._limit = max(timeout, FIRST_TIME)
+        self._waited = 0.0
         self._ended = threading.Event()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether half the time is over: an error now comes of ranks that ended for a hang."""
+        return self._waited > 0.5 * self._limit
 
     def start(self) -> None:
         """Begin to watch."""
@@ -61,23 +67,26 @@ class Watchdog:
         self._ended.set()
 
     def _watch(self) -> None:
-        seen, waited, before = -1, 0.0, time.monotonic()
+        seen, before = -1, time.monotonic()
         while not self._ended.wait(self._poll):
             now = time.monotonic()
             # A longer tick means that this thread, and with it the process, did not run.
-            waited += min(now - before, 2.0 * self._poll)
+            self._waited += min(now - before, 2.0 * self._poll)
             before = now
             if seen != self._beats:
-                seen, waited = self._beats, 0.0
-            elif waited > self._limit:
-                self._end(waited)
+                seen, self._waited = self._beats, 0.0
+            elif self._waited > self._limit:
+                self._end()
 
-    def _end(self, waited: float) -> None:
-        report = (
-            f"error: no progress for {waited:.0f} s in: {self._work}; raise train.hang_timeout if "
-            "it only needs longer; stacks of all threads follow\n" + stacks()
+    def report(self) -> None:
+        """Write to the log how long there was no progress, and the stacks of all threads."""
+        write_prefixed(
+            f"error: no progress for {self._waited:.0f} s in: {self._work}; raise "
+            "train.hang_timeout if it only needs longer; stacks of all threads follow\n" + stacks()
         )
-        write_prefixed(report)
+
+    def _end(self) -> None:
+        self.report()
         time.sleep(LINGER_SECONDS)
         os._exit(Exit.HANG)
 

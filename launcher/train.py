@@ -61,7 +61,10 @@ def main() -> Exit:
         leave(Exit.NOT_FINITE)
     except Exception:
         write_prefixed(traceback.format_exc())
-        leave(1)
+        if not session.watchdog.is_late:
+            leave(1)
+        session.watchdog.report()
+        leave(Exit.HANG)
     else:
         code = Exit.DONE
     session.close()
