@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import os
 import re
 import sys
 import typing
@@ -20,7 +21,9 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser
 
+from ispen_dist import exits
 from ispen_dist.config import Config, ConfigError
+from ispen_dist.exits import Exit
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,25 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
         path = Path(known.config)
         config = _config_from(path, {n: text for n, text in vars(known).items() if n in _HINTS})
     except ConfigError as error:
-        print("error:", *str(error).split(), file=sys.stderr)
-        raise SystemExit(2) from None
+        print_error(error)
+        raise SystemExit(Exit.CONFIGURATION) from None
     output = Path(known.output) if known.output else None
     return TrainCommand(config, path.stem, output, known.resume, known.print_config)
+
+
+def print_error(error: ConfigError) -> None:
+    """Print an error as one line, from one process per machine; for before processes have met."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("error:", *str(error).split(), file=sys.stderr)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Wraps the help of every setting, but leaves the lines of the exit codes as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("Exit codes:"):
+            return text
+        return super()._fill_text(text, width, indent)
 
 
 class _Flags(argparse.ArgumentParser):
@@ -68,6 +86,8 @@ class _Flags(argparse.ArgumentParser):
             "[--print-config]\n       [--SECTION.FIELD=VALUE ...]",
             description="Train an energy network and its inference network. Every setting below "
             "stands in the YAML file and can be given as a flag, which wins.",
+            epilog=f"Exit codes:\n{exits.table()}",
+            formatter_class=_HelpFormatter,
             argument_default=argparse.SUPPRESS,
             allow_abbrev=False,
         )

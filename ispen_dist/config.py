@@ -385,6 +385,17 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     log_every: int = 1
     """Rounds between rows of metrics.jsonl."""
+    on_not_finite: Literal["skip", "back_off", "stop"] = "skip"
+    """On NaN or infinity in the loss or gradient of a step. The step is always left out, on all
+    ranks; then the run goes on, goes on with half the learning rates (doubled again after 10 rounds
+    without), or stops with exit code 3."""
+    max_not_finite: int = 10
+    """Steps left out in a row, of one kind (inner, pretrain, outer), after which the run stops with
+    exit code 3 in any case."""
+    hang_timeout: float = 1800.0
+    """Seconds without a finished step, batch of an evaluation, compiled function or save, after
+    which a process writes the stacks of its threads and ends with exit code 4; whatever is done for
+    the first time has 600 at least. 0 waits for ever."""
     dtype: Literal["float32", "float64"] = "float32"
     """Type of parameters and solver vectors."""
     num_threads: int = 0
@@ -401,6 +412,8 @@ class TrainConfig:
             checkpoint_every=(1, _ANY),
             keep_checkpoints=(1, _ANY),
             log_every=(1, _ANY),
+            max_not_finite=(1, _ANY),
+            hang_timeout=(0.0, _ANY),
             num_threads=(0, _ANY),
             seed=(0, 2**32 - 1),
         )

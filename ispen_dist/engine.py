@@ -39,10 +39,12 @@ class Engine(ABC):
 
     Attributes:
         replicated: whether every rank holds all parameters, as tensors of `network`.
-        num_taken: steps in the present phase.
+        num_taken: steps in the present phase, those that were skipped included.
+        rate_factor: what learning rates are multiplied with.
     """
 
     replicated = False
+    rate_factor = 1.0
 
     def __init__(self, network: nn.Module, layout: Layout, groups: Groups) -> None:
         self.network, self.layout, self.groups = network, layout, groups
@@ -62,9 +64,13 @@ class Engine(ABC):
         self._phase, self.num_taken = phase, 0
         self._forget()
 
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of a step of the phase."""
+        return self.rate_factor * self.phase.learning_rate(step)
+
     def _settings(self) -> Iterator[tuple[float, float]]:
         """Yield (learning rate, weight decay) of the next step, by group."""
-        rate = self.phase.learning_rate(self.num_taken)
+        rate = self.learning_rate(self.num_taken)
         for group in self.groups:
             trained = group in self.phase.groups
             yield (rate, self.phase.config.weight_decay) if trained else (0.0, 0.0)
@@ -87,13 +93,17 @@ class Engine(ABC):
     ) -> tuple[list[Tensor], Tensor]:
         """Update once on the mean of a loss over the global batch.
 
+        Where the gradient or one of the means is not finite, parameters and moments stay as they
+        are, on all ranks alike and without asking the host; the step counts as taken.
+
         Args:
             total: sum of the loss over the rank's examples, with its graph.
             also: further sums to be averaged.
             count: the rank's number of examples.
 
         Returns:
-            The means of `also` over the global batch, and the gradient's norm before clipping.
+            The means of `also` over the global batch, and the gradient's norm before clipping,
+            which is finite exactly where the step was not skipped.
         """
 
     @abstractmethod
@@ -186,6 +196,16 @@ def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
     return torch.clamp(clip_norm / (norm + CLIP_EPSILON), max=1.0)
 
 
+def checked_norm(norm: Tensor, terms: Sequence[Tensor]) -> Tensor:
+    """Return the norm of a gradient, NaN where a term of its loss is not finite."""
+    return torch.where(torch.isfinite(torch.stack([norm, *terms])).all(), norm, torch.nan)
+
+
+def found_inf(norm: Tensor) -> Tensor:
+    """Return what a fused optimizer reads: 1 where it shall leave everything as it is."""
+    return (~torch.isfinite(norm)).to(torch.float32)
+
+
 class ReplicatedEngine(Engine):
     """Every rank holds all parameters; gradients are all-reduced with counts, in one collective.
 
@@ -242,8 +262,8 @@ class ReplicatedEngine(Engine):
         sums = self.layout.reduction.sum([*own.values(), *(s.detach() for s in also), count])
         global_count = sums.pop()
         gradient = dict(zip(own, sums, strict=False))
-        norm = self._update(scaled(gradient, 1.0 / global_count))
-        return [s / global_count for s in sums[len(own) :]], norm
+        means = [s / global_count for s in sums[len(own) :]]
+        return means, self._update(scaled(gradient, 1.0 / global_count), means)
 
     def trained(self) -> Tree:
         """Return the parameters that the present phase trains."""
@@ -278,15 +298,15 @@ class ReplicatedEngine(Engine):
         """See `Engine.apply`."""
         self._update(gradient)
 
-    def _update(self, gradient: Tree) -> Tensor:
+    def _update(self, gradient: Tree, terms: Sequence[Tensor] = ()) -> Tensor:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradient.values()))))
+        norm = checked_norm(norm, terms)
         gradient = scaled(gradient, clip_factor(norm, self.phase.config.clip_norm))
         self._prepare(self._adamw.param_groups)
         for name, part in gradient.items():
             # The fused kernel reads a gradient in the order of memory, whatever its strides.
             self._parameters[name].grad = part.contiguous()
-        self._adamw.step()
-        self._adamw.zero_grad()
+        step_unless(self._adamw, found_inf(norm))
         self.num_taken += 1
         return norm
 
@@ -307,6 +327,17 @@ class ReplicatedEngine(Engine):
 
     def _forget(self) -> None:
         self._adamw.state.clear()
+
+
+def step_unless(optimizer: torch.optim.Optimizer, found: Tensor) -> None:
+    """Step a fused optimizer, unless the device finds a 1 in `found`, and forget the gradients."""
+    taken = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    optimizer.found_inf = found  # type: ignore[attr-defined]
+    optimizer.step()
+    # It takes a skipped step back in its count; here the count is a function of the round.
+    counts = [optimizer.state[p]["step"] for p in taken]
+    torch._foreach_add_(counts, [found.to(counts[0].device)] * len(counts))
+    optimizer.zero_grad()
 
 
 def copy_into(targets: Tree, values: Tree) -> None:

@@ -58,9 +58,9 @@ def pretrain_local_step(players: Players, engines: Engines, batch: Batch) -> Sta
     """Update the local potentials of the energy once, as the logits of an independent model.
 
     Returns:
-        Mean over the global batch: `local_likelihood`.
+        Mean over the global batch: `local_likelihood`, and `local_gradient_norm`.
     """
     potentials = engines.energy.forward(batch.inputs)
     total = (mle(players.view(batch, potentials, potentials.detach())) * batch.weight).sum()
-    (likelihood,), _ = engines.energy.step(total, [total], batch.weight.sum())
-    return {"local_likelihood": likelihood}
+    (likelihood,), norm = engines.energy.step(total, [total], batch.weight.sum())
+    return {"local_likelihood": likelihood, "local_gradient_norm": norm}

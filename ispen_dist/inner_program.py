@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from ispen_dist.data.batch import Batch
-from ispen_dist.engine import Engines, ReplicatedEngine, clip_factor
+from ispen_dist.engine import (
+    Engines,
+    ReplicatedEngine,
+    checked_norm,
+    clip_factor,
+    found_inf,
+)
 from ispen_dist.graphs.compiler import CompiledGraph, Compiler, spec_of
 from ispen_dist.graphs.phases import outputs_of
 from ispen_dist.graphs.program import Program
@@ -132,7 +138,7 @@ class InnerProgram:
         step = self._engine.num_taken + i
         # A kernel on a GPU reads the rate as float32; on a CPU it keeps its digits.
         rate_type = torch.float32 if like.is_cuda else torch.float64
-        rate = torch.tensor(self._engine.phase.learning_rate(step), dtype=rate_type)
+        rate = torch.tensor(self._engine.learning_rate(step), dtype=rate_type)
         number = torch.tensor(float(step + 1), dtype=torch.float32)
         return [rate.to(like.device), number.to(like.device)]
 
@@ -343,10 +349,11 @@ class _Shaped:
             likelihood, energy, count, rate, number = tensors[4 * size :]
             mean = list(torch._foreach_mul(gradient, 1.0 / count))
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(mean)))
+            norm = checked_norm(norm, [likelihood, energy])
             mean = list(torch._foreach_mul(mean, clip_factor(norm, clip_norm)))
             theta, _, first, second, _ = torch.ops.aten._fused_adamw.tensor_lr(
                 theta, mean, first, second, [], [number] * size,
-                lr=rate, amsgrad=False, maximize=False, **settings,
+                lr=rate, amsgrad=False, maximize=False, found_inf=found_inf(norm), **settings,
             )  # fmt: skip
             figures = _figures([likelihood / count, energy / count], weight, norm)
             return [*theta, *first, *second, *figures.values()]

@@ -143,7 +143,8 @@ class OuterStep:
             step: number of the outer step; all randomness follows from it.
 
         Returns:
-            Scalars for the record: `outer_loss`, norms of both parts, and how the solve went.
+            Scalars for the record: `outer_loss`, norms of both parts, how the solve went, and
+            `update_norm` of the gradient, which is left out where that is not finite.
 
         Raises:
             SolveFailed: when the implicit part cannot be computed and the run shall stop.
@@ -175,7 +176,7 @@ class OuterStep:
             staged = losses.outer_staged(outer_batch, generator, self.compiler)
             value, _, explicit = staged_outer_gradients(staged)
         norm = self._update(explicit, outer_batch)
-        return {"outer_loss": value.item(), "explicit_norm": norm}
+        return {"outer_loss": value.item(), "explicit_norm": norm, "update_norm": norm}
 
     def _implicit_step(
         self, inner_batch: Batch, outer_batch: Batch, step: int
@@ -187,7 +188,7 @@ class OuterStep:
             self.record.start = trees.detached(solve.solution.value)
         else:
             self.record.num_skipped += 1
-        self._update(solve.value if usable else solve.explicit, outer_batch)
+        norm = self._update(solve.value if usable else solve.explicit, outer_batch)
         (stationarity,) = norms(self.engines.inference_net.layout, solve.inner_gradient)
         explicit, implicit = norms(self.engines.energy.layout, solve.explicit, solve.implicit)
         return {
@@ -195,6 +196,7 @@ class OuterStep:
             "stationarity": stationarity,
             "explicit_norm": explicit,
             "implicit_norm": implicit,
+            "update_norm": norm,
             "solver_steps": solve.num_steps,
             "residual": solve.residual,
             "damping": self.record.damping,

@@ -1,6 +1,6 @@
 """The training loop: rounds of inner steps and one outer step, with dev selection and resume."""
 
-import math
+import signal
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ispen_dist import ops
 from ispen_dist.checkpoint import Checkpoint, save_checkpoint
 from ispen_dist.config import Config, ConfigError, OptimizerConfig
+from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Dataset
 from ispen_dist.data.loading import Splits, hold_out
+from ispen_dist.diagnosis import Diagnosis
 from ispen_dist.distributed import Session
 from ispen_dist.distributed.runtime import Runtime
 from ispen_dist.engine import MOMENTS, Engine, Engines
@@ -23,17 +25,16 @@ from ispen_dist.inner import Statistics, inner_step, pretrain_local_step
 from ispen_dist.inner_program import InnerProgram
 from ispen_dist.linalg.trees import Tree
 from ispen_dist.metrics import build_metrics
+from ispen_dist.models.stages import Inputs
+from ispen_dist.not_finite import NotFiniteRecord, NotFiniteWatch
 from ispen_dist.optim import Phase
 from ispen_dist.outer import OuterStep, SolverRecord
 from ispen_dist.players import Players, build_players, groups_of
 from ispen_dist.predictor import save_model
 from ispen_dist.recording.run_folder import RunFolder
-from ispen_dist.seeding import derived_seed, seed_step
+from ispen_dist.seeding import derived_seed, seed_step, step_generator
 from ispen_dist.source import Source, buckets_of
-
-
-class NotFinite(RuntimeError):
-    """The inner loss became NaN or infinite."""
+from ispen_dist.stopping import Boundary, Stopped
 
 
 class Trainer:
@@ -52,7 +53,7 @@ class Trainer:
         ops.set_kernels(config.compile.kernels)
         self.compiler: Compiler | None = None
         if config.compile.any:
-            self.compiler = Compiler(config.compile.backend, folder.message)
+            self.compiler = Compiler(config.compile.backend, self._report_compiled)
         self.round = 0
         built = build_players(config, splits.codec, torch.device("cpu"))
         self.engines = Engines(
@@ -68,6 +69,9 @@ class Trainer:
         self.best_dev: dict[str, float] = {}
         self.num_stale = 0
         self.seconds = 0.0
+        self.not_finite = NotFiniteWatch(config.train, self._locate, folder.message)
+        self.boundary = Boundary(session.largest)
+        self.boundary.add("stop", lambda: session.stop.signal)
 
     @property
     def num_rounds(self) -> int:
@@ -133,7 +137,12 @@ class Trainer:
     # -- the loop ------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Train to the end and return the summary; every rank calls it."""
+        """Train to the end and return the summary; every rank calls it.
+
+        Raises:
+            Stopped: after a signal to any rank, with everything saved.
+            NotFinite: see `train.on_not_finite`.
+        """
         begin = time.perf_counter() - self.seconds
         first_round = self.round
         self.folder.start(self.num_rounds, first_round)
@@ -141,6 +150,7 @@ class Trainer:
             round_begin = time.perf_counter()
             figures = self.train_round()
             self.round += 1
+            figures["not_finite"] = self._follow_not_finite()
             figures["examples_per_second"] = self._examples_per_round / (
                 time.perf_counter() - round_begin
             )
@@ -148,8 +158,11 @@ class Trainer:
             if self._is_due(self.config.train.eval_every):
                 self._evaluate_and_select()
             self.seconds = time.perf_counter() - begin
-            if self._is_due(self.config.train.checkpoint_every):
+            stop = self.boundary()["stop"]
+            if stop or self._is_due(self.config.train.checkpoint_every):
                 self.save()
+            if stop:
+                raise Stopped(self.round, signal.Signals(stop).name)
         return self._finish()
 
     def train_round(self) -> dict[str, float]:
@@ -159,11 +172,16 @@ class Trainer:
             step = self.round - self.config.train.warmup_rounds
             if self.engines.energy.phase is not self.learning:
                 self.engines.energy.begin(self.learning)
-            outer_batch = self.outer_source.batch(step)
-            same = self.solve_source is self.outer_source
-            inner_batch = outer_batch if same else self.solve_source.batch(step)
-            figures.update(self.outer_step(inner_batch, outer_batch, step))
+            self.session.watchdog.beat("outer step")
+            figures.update(self.outer_step(*self._outer_batches(step), step))
+            self.not_finite.enter_outer(figures["update_norm"])
         return figures
+
+    def _outer_batches(self, step: int) -> tuple[Batch, Batch]:
+        """Return the batches of the solve and of the outer loss."""
+        outer_batch = self.outer_source.batch(step)
+        same = self.solve_source is self.outer_source
+        return outer_batch if same else self.solve_source.batch(step), outer_batch
 
     def _inner_steps(self) -> dict[str, float]:
         config = self.config
@@ -176,9 +194,11 @@ class Trainer:
             and config.inner.pretrain_learning_rate > 0.0
         )
         first = self.round * config.inner.steps
+        self.session.watchdog.beat("reading")
         batches = [self.inner_source.batch(first + i) for i in range(config.inner.steps)]
 
         def seed(i: int) -> None:
+            self.session.watchdog.beat("inner step")
             seed_step(config.train.seed, "inner", first + i, self.session.rank)
 
         rows: list[dict[str, Tensor]] = []
@@ -203,14 +223,30 @@ class Trainer:
 
     def _means(self, rows: list[dict[str, Tensor]]) -> dict[str, float]:
         """Average the figures of a round's inner steps; the one host read of these steps."""
-        values = torch.stack([torch.stack(list(row.values())) for row in rows]).mean(0).tolist()
-        figures = dict(zip(rows[0], values, strict=True))
-        if not math.isfinite(figures["inner_loss"]):
-            raise NotFinite(
-                f"round {self.round}: expected a finite inner loss, got {figures['inner_loss']}; "
-                "lower inner.optimizer.learning_rate or inner.energy_weight"
-            )
-        return figures
+        values = torch.stack([torch.stack(list(row.values())) for row in rows]).tolist()
+        return self.not_finite.means([dict(zip(rows[0], v, strict=True)) for v in values])
+
+    def _follow_not_finite(self) -> int:
+        """Follow `train.on_not_finite` after a round; return how many steps were left out."""
+        factor = self.not_finite.end_round(self.round)
+        for _, engine in self.engines.items():
+            engine.rate_factor = factor
+        return self.not_finite.record.skipped.total()
+
+    def _locate(self, kind: str, step: int) -> str:
+        """Say where a step of the round that just ended was not finite; every rank calls it."""
+        diagnosis = Diagnosis(self.players, self.engines, self.session.gather_texts)
+        begun = self.round - 1
+        if kind != "outer":
+            return diagnosis.inner(self.inner_source.batch(begun * self.config.inner.steps + step))
+        number = begun - self.config.train.warmup_rounds
+        seed, session = self.config.train.seed, self.session
+        generator = step_generator(seed, "samples", number, session.rank, session.device)
+        return diagnosis.outer(*self._outer_batches(number), generator)
+
+    def _report_compiled(self, text: str) -> None:
+        self.session.watchdog.beat("compile")
+        self.folder.message(text)
 
     @property
     def _examples_per_round(self) -> int:
@@ -229,8 +265,13 @@ class Trainer:
 
     def _evaluate(self, dataset: Dataset, threshold: float | None = None) -> dict[str, float]:
         engine = self.engines.inference_net
+
+        def logits(inputs: Inputs) -> Tensor:
+            self.session.watchdog.beat("evaluation")
+            return engine.staged(inputs, keep_states=False).value()
+
         return evaluate(
-            lambda inputs: engine.staged(inputs, keep_states=False).value(),
+            logits,
             self.players.space,
             self.metrics,
             dataset,
@@ -284,10 +325,12 @@ class Trainer:
             "dev": self.best_dev,
             "test": test,
             "hypergradient": self.outer_step.record.summary(),
+            "not_finite": self.not_finite.record.state(),
         }
         if self.compiler is not None:
             count, seconds = len(self.compiler.names), round(self.compiler.seconds, 3)
             summary["compiled"] = {"functions": count, "seconds": seconds}
+        self.session.watchdog.beat("export")
         self._export(threshold)
         self.folder.finish(summary)
         self.session.barrier()
@@ -308,6 +351,7 @@ class Trainer:
 
         So it can be resumed on another number of ranks and under another engine.
         """
+        self.session.watchdog.beat("save")
         trees = self._trees()
         if self.session.is_main:
             save_checkpoint(
@@ -356,6 +400,7 @@ class Trainer:
                 "residual_sum": record.residual_sum,
                 "num_residuals": record.num_residuals,
             },
+            "not_finite": self.not_finite.record.state(),
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -373,6 +418,9 @@ class Trainer:
             if num_taken:
                 moments = {s: self._own(engine, trees[f"{name}_{s}"]) for s in MOMENTS}
                 engine.load_moments(moments, num_taken)
+        self.not_finite.record = NotFiniteRecord.from_state(state["not_finite"])
+        for _, engine in self.engines.items():
+            engine.rate_factor = self.not_finite.record.rate_factor
         solver = dict(state["solver"])
         solver["statuses"] = Counter(solver["statuses"])
         start = self._own(self.engines.inference_net, trees["solver_start"]) or None

@@ -2,78 +2,119 @@
 
     accelerate launch launcher/train.py --config configs/twitter_pos.yaml
 
-Exit codes: 0 done, 2 configuration, data or network, 3 not finite or the solver was told to stop.
+Ends with a code of `ispen_dist.exits.Exit`; `--help` lists them.
 """
 
+import os
 import sys
+import traceback
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from ispen_dist.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
-from ispen_dist.command_line import TrainCommand, dump_config, parse_train
-from ispen_dist.config import ConfigError
+from ispen_dist.command_line import TrainCommand, dump_config, parse_train, print_error
+from ispen_dist.config import Config, ConfigError
 from ispen_dist.data.errors import DataError
 from ispen_dist.data.loading import load_splits
 from ispen_dist.distributed import Session
+from ispen_dist.distributed.trouble import FailedElsewhere, report, together
+from ispen_dist.exits import Exit
 from ispen_dist.linalg.stages import StageError
+from ispen_dist.not_finite import NotFinite
 from ispen_dist.outer import SolveFailed
 from ispen_dist.plan import describe
 from ispen_dist.recording.console import Console
+from ispen_dist.recording.requeue import mark, unmark
 from ispen_dist.recording.run_folder import RunFolder, check_folder
-from ispen_dist.trainer import NotFinite, Trainer
+from ispen_dist.stopping import Stopped, StopRequest, stop_with_launcher
+from ispen_dist.trainer import Trainer
+from ispen_dist.watchdog import write_prefixed
+
+CANNOT_WORK = (ConfigError, DataError, CheckpointError, StageError)
 
 
-def main() -> int:
+def main() -> Exit:
     """Run the command line and return the exit code."""
+    stop = StopRequest()
+    stop.install()
+    stop_with_launcher()
     command = parse_train()
     try:
-        session = Session()
+        session = Session(stop, command.config.train.hang_timeout)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        print_error(error)
+        return Exit.CONFIGURATION
     try:
-        return run(command, session)
-    except (ConfigError, DataError, CheckpointError, StageError) as error:
-        return failed(session, error, 2)
+        run(command, session)
+    except Stopped:
+        code = Exit.REQUEUE
+    except FailedElsewhere:
+        leave(Exit.CONFIGURATION)
+    except CANNOT_WORK as error:
+        report(session, error)
+        leave(Exit.CONFIGURATION)
     except (NotFinite, SolveFailed) as error:
-        return failed(session, error, 3)
-    finally:
-        session.close()
-
-
-def failed(session: Session, error: Exception, code: int) -> int:
-    """Print an error once and return the exit code."""
-    if session.is_main:
-        print(f"error: {error}", file=sys.stderr)
+        report(session, error)
+        leave(Exit.NOT_FINITE)
+    except Exception:
+        write_prefixed(traceback.format_exc())
+        if not session.watchdog.is_late:
+            leave(1)
+        session.watchdog.report()
+        leave(Exit.HANG)
+    else:
+        code = Exit.DONE
+    session.close()
     return code
 
 
-def run(command: TrainCommand, session: Session) -> int:
+def leave(code: int) -> NoReturn:
+    """End this process at once: to leave the process group could wait for ranks that are stuck."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(command: TrainCommand, session: Session) -> None:
     """Train as the command says."""
     config = command.config
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
-    splits = load_splits(config)
+    splits = together(session, lambda: load_splits(config), CANNOT_WORK)
     if command.print_config:
         if session.is_main:
             print(dump_config(config), end="")
             print(describe(config, splits, session.num_ranks, session.runtime))
-        return 0
+        return
     output = command.output or default_output(command, session)
-    check_folder(output, config, may_continue=command.resume != "none")
-    path = choose_checkpoint(command, output)
-    session.barrier()
+    path = together(session, lambda: find_start(command, output, config), CANNOT_WORK)
     with Console(is_main=session.is_main) as console:
         folder = RunFolder(output, config, console, is_main=session.is_main)
         trainer = Trainer(config, splits, session, folder)
         if path is not None:
-            trainer.restore(load_checkpoint(path))
+            trainer.restore(together(session, lambda: load_checkpoint(path), CANNOT_WORK))
             console.message(f"resumed from {path} at round {trainer.round}")
         console.message(describe(config, splits, session.num_ranks, session.runtime))
-        trainer.run()
-    return 0
+        if session.is_main:
+            unmark(output)
+        try:
+            trainer.run()
+        except (Stopped, NotFinite, SolveFailed) as error:
+            folder.close()
+            if isinstance(error, Stopped):
+                console.message(str(error))
+                if session.is_main:
+                    mark(output, error)
+            raise
+
+
+def find_start(command: TrainCommand, output: Path, config: Config) -> Path | None:
+    """Check the run folder, and return the checkpoint to continue from, if any."""
+    check_folder(output, config, may_continue=command.resume != "none")
+    return choose_checkpoint(command, output)
 
 
 def default_output(command: TrainCommand, session: Session) -> Path:

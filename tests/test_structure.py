@@ -14,7 +14,7 @@ from ispen_dist.models.registry import ENERGIES, NETWORKS
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ispen_dist"
 LAYERS = [
-    ["config", "linalg"],
+    ["config", "exits", "linalg", "stopping", "watchdog"],
     ["graphs"],
     ["ops"],
     ["data", "command_line"],
@@ -23,8 +23,8 @@ LAYERS = [
     ["implicit"],
     ["engine", "players", "optim", "seeding", "metrics", "manifest", "checkpoint"],
     ["losses"],
-    ["evaluate", "inner", "outer"],
-    ["inner_program"],
+    ["evaluate", "inner", "not_finite", "outer"],
+    ["diagnosis", "inner_program"],
     ["plan", "predictor", "prediction_files", "distributed"],
     ["source"],
     ["recording"],

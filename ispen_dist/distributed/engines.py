@@ -46,7 +46,16 @@ from torch.func import functional_call
 
 from ispen_dist.distributed.ranks import Ranks
 from ispen_dist.distributed.shards import Cut, Shards
-from ispen_dist.engine import MOMENTS, Engine, Groups, clip_factor, copy_into
+from ispen_dist.engine import (
+    MOMENTS,
+    Engine,
+    Groups,
+    checked_norm,
+    clip_factor,
+    copy_into,
+    found_inf,
+    step_unless,
+)
 from ispen_dist.linalg.layout import Replicas
 from ispen_dist.linalg.trees import Tree, scaled
 from ispen_dist.models.stages import Inputs, parts_of
@@ -146,7 +155,9 @@ class DeepSpeedEngine(Engine):
     ) -> tuple[list[Tensor], Tensor]:
         """See `Engine.step`."""
         *sums, global_count = self.layout.reduction.sum([*(s.detach() for s in also), count])
-        self._engine.backward(total * (dist.get_world_size() / global_count))
+        # DeepSpeed skips a step whose gradient is not finite; so it must not be, on any rank.
+        share = checked_norm(dist.get_world_size() / global_count, sums)
+        self._engine.backward(total * share)
         norm = self._take_step()
         return [s / global_count for s in sums], norm
 
@@ -175,6 +186,9 @@ class DeepSpeedEngine(Engine):
         self._prepare(self._zero.param_groups)
         self._engine.step()
         self.num_taken += 1
+        if not self._engine.was_step_applied():
+            for partition in self._partitions:
+                self._set_step(partition, self.num_taken)
         norm = self._engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self._engine.device).reshape(())
 
@@ -309,7 +323,8 @@ class FullyShardedEngine(Engine):
             cuts[name] = Cut(p.shape, rows * (p.shape.numel() // max(p.shape[0], 1)))
         super().__init__(network, Shards(cuts), groups)
         self._adamw = torch.optim.AdamW(
-            [{"params": [self._parameters[n] for n in names]} for names in groups.values()]
+            [{"params": [self._parameters[n] for n in names]} for names in groups.values()],
+            fused=True,
         )
 
     def parameters(self, names: Iterable[str] | None = None) -> Tree:
@@ -336,21 +351,22 @@ class FullyShardedEngine(Engine):
             grad = torch.zeros_like(p) if p.grad is None else p.grad
             assert isinstance(grad, DTensor)
             gradient[name] = _local(grad)
-        return [s / global_count for s in sums], self._update(gradient)
+        means = [s / global_count for s in sums]
+        return means, self._update(gradient, means)
 
     def apply(self, gradient: Tree, inputs: Inputs) -> None:
         """See `Engine.apply`."""
         self._update(gradient)
 
-    def _update(self, gradient: Tree) -> Tensor:
+    def _update(self, gradient: Tree, terms: Sequence[Tensor] = ()) -> Tensor:
         norm = self.layout.vectors().dots([(gradient, gradient)])[0].sqrt()
+        norm = checked_norm(norm, terms)
         gradient = scaled(gradient, clip_factor(norm, self.phase.config.clip_norm))
         self._adamw.zero_grad()
         for name, part in gradient.items():
             self._parameters[name].grad = self._as_shard(name, part)
         self._prepare(self._adamw.param_groups)
-        self._adamw.step()
-        self._adamw.zero_grad()
+        step_unless(self._adamw, found_inf(norm))
         self.num_taken += 1
         return norm
 
@@ -380,7 +396,8 @@ class FullyShardedEngine(Engine):
         """See `Engine.load_moments`."""
         self._forget()
         for name in next(iter(moments.values()), {}):
-            state: dict[str, Tensor] = {"step": torch.tensor(float(num_taken))}
+            device = self._parameters[name].to_local().device
+            state: dict[str, Tensor] = {"step": torch.tensor(float(num_taken), device=device)}
             for slot in MOMENTS:
                 state[slot] = self._as_shard(name, moments[slot][name].clone())
             self._adamw.state[self._parameters[name]] = state

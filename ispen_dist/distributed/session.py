@@ -4,6 +4,8 @@ import hashlib
 import os
 import sys
 import time
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from ispen_dist.distributed.engines import (
 from ispen_dist.distributed.ranks import Ranks
 from ispen_dist.distributed.runtime import Runtime, runtime_from
 from ispen_dist.engine import Engine, Groups, ReplicatedEngine
+from ispen_dist.stopping import StopRequest
+from ispen_dist.watchdog import FIRST_TIME, Watchdog
 
 NETWORKS = ("inference_net", "energy")
 """Names of the two engines of a run."""
@@ -35,27 +39,38 @@ class Session:
     Uses the GPUs with nccl where there are any, otherwise the CPU with gloo. Which engine shards
     the networks is what Accelerate was configured for, see `Runtime`.
 
+    Args:
+        stop: what remembers signals; default one that handles none.
+        hang_timeout: seconds without progress after which this process ends; 0 never.
+
     Attributes:
         runtime: the engine, and the precision of first-order steps.
         rank: this process, 0 to num_ranks - 1.
         num_ranks: number of processes.
         device: where this process computes.
         reduction: sums over the processes.
+        stop: the request to stop, if there was one.
+        watchdog: wants to hear of progress.
 
     Raises:
         ConfigError: for an engine that is not supported.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: StopRequest | None = None, hang_timeout: float = 0.0) -> None:
         self.runtime: Runtime = runtime_from()
+        self.stop = stop or StopRequest()
+        self.watchdog = Watchdog(hang_timeout)
+        self.watchdog.start()
+        waits = _collective_timeout(hang_timeout)
         on_cpu = not torch.cuda.is_available()
         self._accelerators: dict[str, Accelerator] = {}
         if self.runtime.uses_deepspeed:
             if on_cpu:
                 os.environ.setdefault("DS_ACCELERATOR", "cpu")
             check_extensions()
-            self._accelerators = _deepspeed_accelerators(on_cpu)
-        self._state = PartialState() if self.runtime.uses_deepspeed else PartialState(cpu=on_cpu)
+            self._accelerators = _deepspeed_accelerators(on_cpu, waits)
+        settings = {} if self.runtime.uses_deepspeed else {"cpu": on_cpu, **waits}
+        self._state = PartialState(**settings)
         self.rank = self._state.process_index
         self.num_ranks = self._state.num_processes
         self.device = torch.device("cpu") if on_cpu else self._state.device
@@ -114,8 +129,25 @@ class Session:
             dist.broadcast(tensor, src=0)
         return int(tensor.item())
 
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """Return the largest values over ranks, entry by entry, in one collective."""
+        if self.num_ranks == 1:
+            return list(numbers)
+        tensor = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Return the texts of all ranks in order."""
+        if self.num_ranks == 1:
+            return [text]
+        texts = [""] * self.num_ranks
+        dist.all_gather_object(texts, text)
+        return texts
+
     def close(self) -> None:
         """Leave the process group, so that no process is left waiting."""
+        self.watchdog.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -146,7 +178,14 @@ STALE_SECONDS = 600.0
 """Age at which a lock of the compiler is taken for left behind; compiling takes under a minute."""
 
 
-def _deepspeed_accelerators(on_cpu: bool) -> dict[str, Accelerator]:
+def _collective_timeout(hang_timeout: float) -> dict[str, timedelta]:
+    """Return a limit for collectives that comes after the watchdog's, whose report says more."""
+    if hang_timeout == 0.0:
+        return {}
+    return {"timeout": timedelta(seconds=max(hang_timeout, FIRST_TIME) + 120.0)}
+
+
+def _deepspeed_accelerators(on_cpu: bool, waits: dict[str, Any]) -> dict[str, Accelerator]:
     """Return an Accelerator per network; they share the process group and differ in plugin."""
     plugins = {name: DeepSpeedPlugin(zero3_init_flag=False) for name in NETWORKS}
     for plugin in plugins.values():
@@ -159,7 +198,8 @@ def _deepspeed_accelerators(on_cpu: bool) -> dict[str, Accelerator]:
                 "memory_efficient_linear": False,
                 "stage3_param_persistence_threshold": 0,
             }
-    handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
+    settings = {"backend": "gloo" if on_cpu else "nccl", **waits}
+    handlers: list[Any] = [InitProcessGroupKwargs(**settings)]
     first = Accelerator(deepspeed_plugins=plugins, kwargs_handlers=handlers)
     return {name: first if name == NETWORKS[0] else Accelerator() for name in NETWORKS}
 

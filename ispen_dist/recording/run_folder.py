@@ -23,6 +23,7 @@ _SHOWN = {
     "solver": "solver_steps",
     "residual": "residual",
     "examples/s": "examples_per_second",
+    "not finite": "not_finite",
 }
 _NAMES_INTERACTION = {
     "tagging": ("learned transitions", "previous tag", "next tag", "score"),
@@ -30,7 +31,7 @@ _NAMES_INTERACTION = {
 }
 _MAY_DIFFER = (
     "train.patience", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
-    "train.num_threads",
+    "train.num_threads", "train.on_not_finite", "train.max_not_finite", "train.hang_timeout",
 )  # fmt: skip
 
 
@@ -92,6 +93,8 @@ class RunFolder:
         self._metrics.write(step, "train", figures)
         self._tensorboard.scalars({f"train/{k}": v for k, v in figures.items()}, step)
         shown = {name: figures[key] for name, key in _SHOWN.items() if key in figures}
+        if not figures.get("not_finite"):
+            shown.pop("not finite", None)
         self._console.update(step, {**shown, **self._dev_shown})
 
     def record_dev(self, step: int, dev: Mapping[str, float]) -> None:
@@ -123,6 +126,13 @@ class RunFolder:
         """Where the trained model goes."""
         return self.path / "model"
 
+    def close(self) -> None:
+        """Write everything out that was recorded; a run that stops early calls this alone."""
+        if self._is_main:
+            self._tensorboard.close()
+            self._metrics.close()
+            self._console.stop()
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary and print the table of results."""
         if not self._is_main:
@@ -131,9 +141,7 @@ class RunFolder:
         results = {f"test/{k}": v for k, v in summary["test"].items()}
         results |= {f"best_dev/{k}": v for k, v in summary["dev"].items()}
         self._tensorboard.hparams(config_to_dict(self.config), results, summary["rounds"])
-        self._tensorboard.close()
-        self._metrics.close()
-        self._console.stop()
+        self.close()
         names = dict.fromkeys([*summary["dev"], *summary["test"]])
         rows = [[n, summary["dev"].get(n), summary["test"].get(n)] for n in names]
         self._console.table("results", ["metric", "dev", "test"], rows)
@@ -144,6 +152,9 @@ class RunFolder:
                 f"solves: {statuses}; {solver['skipped']} outer steps without implicit part; "
                 f"{solver['mean_steps']:.1f} products each"
             )
+        if skipped := summary["not_finite"]["skipped"]:
+            kinds = ", ".join(f"{kind} {number}" for kind, number in skipped.items())
+            self._console.message(f"steps left out, not finite: {kinds}")
         self._console.message(
             f"{summary['seconds']:.0f} s on {summary['world_size']} process(es); see {self.path}"
         )
