@@ -4,13 +4,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ispen_dist import ops
-from ispen_dist.checkpoint import Checkpoint, save_checkpoint
+from ispen_dist.checkpoint import Checkpoint
 from ispen_dist.config import Config, ConfigError, OptimizerConfig
 from ispen_dist.data.datasets import Dataset
 from ispen_dist.data.loading import Splits, hold_out
@@ -28,6 +29,7 @@ from ispen_dist.outer import OuterStep, SolverRecord
 from ispen_dist.players import Players, build_players, groups_of
 from ispen_dist.predictor import save_model
 from ispen_dist.recording.run_folder import RunFolder
+from ispen_dist.saver import Saver
 from ispen_dist.seeding import derived_seed, seed_step
 from ispen_dist.source import Source, buckets_of
 
@@ -68,6 +70,13 @@ class Trainer:
         self.best_dev: dict[str, float] = {}
         self.num_stale = 0
         self.seconds = 0.0
+        self.saver = Saver(
+            folder.checkpoints,
+            folder.failures,
+            is_main=session.is_main,
+            keep=config.train.keep_checkpoints,
+            sync=folder.sync,
+        )
 
     @property
     def num_rounds(self) -> int:
@@ -133,10 +142,19 @@ class Trainer:
     # -- the loop ------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Train to the end and return the summary; every rank calls it."""
-        begin = time.perf_counter() - self.seconds
-        first_round = self.round
-        self.folder.start(self.num_rounds, first_round)
+        """Train to the end and return the summary; every rank calls it.
+
+        Raises:
+            StorageFailed: on all ranks, see `train.on_save_error`.
+        """
+        with self.saver:
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        begin = time.perf_counter()
+        before = self.seconds
+        self.folder.start(self.num_rounds, self.round)
+        self._require_everything_written()
         while self.round < self.num_rounds and not self._out_of_patience():
             round_begin = time.perf_counter()
             figures = self.train_round()
@@ -147,10 +165,12 @@ class Trainer:
             self._record(figures)
             if self._is_due(self.config.train.eval_every):
                 self._evaluate_and_select()
-            self.seconds = time.perf_counter() - begin
-            if self._is_due(self.config.train.checkpoint_every):
+            self.seconds = before + time.perf_counter() - begin
+            if self._is_due(self.config.train.checkpoint_every) or self._out_of_patience():
                 self.save()
-        return self._finish()
+            self._stop_if_not_written()
+        self.saver.finish()
+        return self._finish(self.saver.summary(time.perf_counter() - begin))
 
     def train_round(self) -> dict[str, float]:
         """Take the inner steps of one round and its outer step, and return the figures."""
@@ -264,7 +284,7 @@ class Trainer:
         if last or self.round % self.config.train.log_every == 0:
             self.folder.record_round(self.round, figures)
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, checkpoints: Mapping[str, float]) -> dict[str, Any]:
         """Restore the best networks, read test once, export, and write the summary."""
         if not self.best_dev:
             self._evaluate_and_select()
@@ -284,13 +304,14 @@ class Trainer:
             "dev": self.best_dev,
             "test": test,
             "hypergradient": self.outer_step.record.summary(),
+            "checkpoints": checkpoints,
         }
         if self.compiler is not None:
             count, seconds = len(self.compiler.names), round(self.compiler.seconds, 3)
             summary["compiled"] = {"functions": count, "seconds": seconds}
         self._export(threshold)
         self.folder.finish(summary)
-        self.session.barrier()
+        self._require_everything_written()
         return summary
 
     def _export(self, threshold: float | None) -> None:
@@ -299,30 +320,39 @@ class Trainer:
             n: self._whole(engine, engine.parameters()) for n, engine in self.engines.items()
         }
         if self.session.is_main:
-            save_model(self.folder.model, weights, self.config, self.splits.codec, threshold)
+            with self.folder.failures.watching("model"):
+                save_model(self.folder.model, weights, self.config, self.splits.codec, threshold)
 
     # -- checkpoints ---------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of everything that changes, as whole tensors; the main process does.
+        """Have a checkpoint written of everything that changes, as whole tensors.
 
-        So it can be resumed on another number of ranks and under another engine.
+        So it can be resumed on another number of ranks and under another engine. Training goes on
+        when the state is copied to the main process; `saver.wait` waits for the rest.
         """
-        trees = self._trees()
-        if self.session.is_main:
-            save_checkpoint(
-                self.folder.checkpoints,
-                self.round,
-                trees,
-                self._state(),
-                self.config.train.keep_checkpoints,
-            )
-        self.session.barrier()
+        best = None
+        if self.config.train.keep_best and self.best_dev:
+            best = self.best_dev[self.metrics.main]
+        record = partial(self.folder.record_save, self.round)
+        self.saver.save(self.round, self._trees, self._state(), record, best)
+
+    def _stop_if_not_written(self) -> None:
+        """End the run on all ranks alike if the main process says so; once per round."""
+        if self.config.train.on_save_error == "stop":
+            self.saver.look()
+            if self.session.agree(self.folder.failures.must_stop):
+                raise self.folder.failures.error()
+
+    def _require_everything_written(self) -> None:
+        """End the run on all ranks alike if something is missing on the disk."""
+        if self.session.agree(len(self.folder.failures.unwritten)):
+            raise self.folder.failures.error()
 
     def _whole(self, engine: Engine, parts: Tree) -> Tree:
-        """Return whole tensors on the CPU of the main process, and nothing elsewhere."""
+        """Return copies of whole tensors on the CPU of the main process, and nothing elsewhere."""
         is_main = self.session.is_main
-        return {name: value for name, value in engine.whole(parts) if is_main}
+        return {n: value.to("cpu", copy=True) for n, value in engine.whole(parts) if is_main}
 
     def _trees(self) -> dict[str, Tree]:
         trees = {}

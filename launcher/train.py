@@ -2,7 +2,8 @@
 
     accelerate launch launcher/train.py --config configs/twitter_pos.yaml
 
-Exit codes: 0 done, 2 configuration, data or network, 3 not finite or the solver was told to stop.
+Exit codes: 0 done, 2 configuration, data or network, 3 not finite or the solver was told to stop,
+5 not everything could be written.
 """
 
 import sys
@@ -22,7 +23,9 @@ from ispen_dist.outer import SolveFailed
 from ispen_dist.plan import describe
 from ispen_dist.recording.console import Console
 from ispen_dist.recording.run_folder import RunFolder, check_folder
+from ispen_dist.recording.run_lock import RunLock
 from ispen_dist.trainer import NotFinite, Trainer
+from ispen_dist.write_failures import StorageFailed
 
 
 def main() -> int:
@@ -39,6 +42,8 @@ def main() -> int:
         return failed(session, error, 2)
     except (NotFinite, SolveFailed) as error:
         return failed(session, error, 3)
+    except StorageFailed as error:
+        return failed(session, error, 5)
     finally:
         session.close()
 
@@ -62,6 +67,7 @@ def run(command: TrainCommand, session: Session) -> int:
             print(describe(config, splits, session.num_ranks, session.runtime))
         return 0
     output = command.output or default_output(command, session)
+    hold(RunLock(output), session)
     check_folder(output, config, may_continue=command.resume != "none")
     path = choose_checkpoint(command, output)
     session.barrier()
@@ -81,6 +87,13 @@ def default_output(command: TrainCommand, session: Session) -> Path:
     now = session.agree(int(datetime.now().timestamp()))
     stamp = datetime.fromtimestamp(now).strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{command.name}-{stamp}"
+
+
+def hold(lock: RunLock, session: Session) -> None:
+    """Take the lock on the main process, which has it until it ends; refuse on all ranks alike."""
+    refusal = lock.take() if session.is_main else ""
+    if session.agree(len(refusal)):
+        raise ConfigError(refusal or "--output: refused on rank 0")
 
 
 def choose_checkpoint(command: TrainCommand, output: Path) -> Path | None:

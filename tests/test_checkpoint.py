@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ispen_dist import checkpoint as checkpoint_module
 from ispen_dist import manifest as manifest_module
+from ispen_dist import pruning as pruning_module
 from ispen_dist.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -298,7 +299,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_reported(
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "no", str(path))
 
-    monkeypatch.setattr(checkpoint_module, "_delete_folder", refuse)
+    monkeypatch.setattr(pruning_module, "delete_folder", refuse)
     with pytest.warns(UserWarning, match="old checkpoint not deleted"):
         path = save(tmp_path, 2, keep=1)
     assert find_checkpoint(tmp_path) == path
