@@ -15,7 +15,7 @@ from the files. One process saves at a time.
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,12 +194,12 @@ def _move_into_place(temporary: Path, final: Path) -> None:
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the intact checkpoint of the highest step, or None.
 
-    The step is read from the folder's name; links are not followed. Every file is hashed. A
-    damaged checkpoint is skipped with a warning that names the file.
+    The step is read from the folder's name; links are not followed. Every file is hashed and
+    parsed. A damaged checkpoint is skipped with a warning that names the file.
     """
     for path in candidates(folder):
         try:
-            for _ in verified_files(path, read_manifest(path)):
+            for _ in _contents(path, read_manifest(path)):
                 pass
         except CheckpointError as error:
             warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=2)
@@ -217,15 +217,20 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: if a file is missing, cut, changed or of an unknown format version.
     """
     manifest = read_manifest(path)
-    trees: dict[str, dict[str, Tensor]] = {}
-    state: dict[str, Any] = {}
-    order = {tree_file(name): name for name in manifest["trees"]}
-    for name, data in verified_files(path, manifest):
-        if name == STATE:
-            state = parse_json(path / STATE, data)
+    contents = dict(_contents(path, manifest))
+    state = contents.pop(STATE)
+    return Checkpoint(manifest["step"], {name: contents[name] for name in manifest["trees"]}, state)
+
+
+def _contents(path: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every tree by its name, and the state, one at a time."""
+    names = {tree_file(name): name for name in manifest["trees"]}
+    for file_name, data in verified_files(path, manifest):
+        if file_name == STATE:
+            yield STATE, parse_json(path / STATE, data)
         else:
-            trees[order[name]] = _parse_tree(path / name, data, manifest["trees"][order[name]])
-    return Checkpoint(manifest["step"], {name: trees[name] for name in manifest["trees"]}, state)
+            name = names[file_name]
+            yield name, _parse_tree(path / file_name, data, manifest["trees"][name])
 
 
 def _parse_tree(file: Path, data: bytes, keys: list[str]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 from ranks import free_port
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from records import events_of, rows_of
 
 from ispen_dist.checkpoint import find_checkpoint, load_checkpoint
 from ispen_dist.command_line import load_config
@@ -27,8 +27,7 @@ from ispen_dist.recording.metrics_file import read_metrics
 
 TRAIN = Path(__file__).parent.parent / "launcher" / "train.py"
 NUM_RANKS = 2
-_TIMINGS = ("examples_per_second", "wait_seconds", "copy_seconds", "previous_write_seconds")
-_ROUNDS_PER_KILL = 14
+_ROUNDS_PER_KILL = 10
 _LIMIT = 300.0
 
 
@@ -319,27 +318,6 @@ def compare(whole: Path, killed: Path) -> None:
     first, second = (json.loads((f / "summary.json").read_text()) for f in (whole, killed))
     for name in ("rounds", "dev", "test", "hypergradient"):
         assert first[name] == second[name], name
-
-
-def rows_of(output: Path) -> list[dict]:
-    """Return the metrics rows without timings."""
-    rows = read_metrics(output / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in _TIMINGS} for row in rows]
-
-
-def events_of(output: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return steps and values of all scalars as TensorBoard shows them, timings without values."""
-    events = EventAccumulator(str(output / "tensorboard"), {"scalars": 0, "images": 0})
-    events.Reload()
-    shown = {}
-    for tag in events.Tags()["scalars"]:
-        is_timing = tag.partition("/")[2] in _TIMINGS
-        if tag == "save/previous_write_seconds":
-            continue  # the first save of every start has none before it
-        shown[tag] = [(e.step, 0.0 if is_timing else e.value) for e in events.Scalars(tag)]
-    for tag in events.Tags()["images"]:
-        shown[tag] = [(e.step, 0.0) for e in events.Images(tag)]
-    return shown
 
 
 def copy_of_checkpoints(folder: Path, copy: Path) -> Path:

@@ -436,3 +436,14 @@ def test_a_kill_does_not_cost_the_last_intact_checkpoint(
         assert found in ("step_00000010", "step_00000030")
         num_calls += 1
     assert num_calls > 5
+
+
+def test_a_flipped_key_in_the_newest_manifest_does_not_keep_a_run_from_resuming(
+    tmp_path: Path,
+) -> None:
+    """The files agree with their sums, but a tensor would have another name."""
+    older, newest = save(tmp_path, 1), save(tmp_path, 2)
+    file = newest / "manifest.json"
+    file.write_text(file.read_text().replace('"w"', '"v"'))
+    with pytest.warns(UserWarning, match=r"theta.safetensors: expected tensors \['v'\]"):
+        assert find_checkpoint(tmp_path) == older

@@ -138,7 +138,7 @@ class TensorBoardRecorder:
 
     def sync(self) -> None:
         """Write what was flushed through to the disk; from any thread."""
-        for path in self._folder.iterdir():
+        for path in self._folder.glob("events.out.tfevents.*"):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
