@@ -219,18 +219,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     manifest = read_manifest(path)
     contents = dict(_contents(path, manifest))
     state = contents.pop(STATE)
-    return Checkpoint(manifest["step"], {name: contents[name] for name in manifest["trees"]}, state)
+    trees = {name: contents[tree_file(name)] for name in manifest["trees"]}
+    return Checkpoint(manifest["step"], trees, state)
 
 
 def _contents(path: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every tree by its name, and the state, one at a time."""
-    names = {tree_file(name): name for name in manifest["trees"]}
-    for file_name, data in verified_files(path, manifest):
-        if file_name == STATE:
-            yield STATE, parse_json(path / STATE, data)
+    """Yield every tree and the state by the names of their files, one at a time."""
+    keys = {tree_file(name): keys for name, keys in manifest["trees"].items()}
+    for name, data in verified_files(path, manifest):
+        if name == STATE:
+            yield name, parse_json(path / name, data)
         else:
-            name = names[file_name]
-            yield name, _parse_tree(path / file_name, data, manifest["trees"][name])
+            yield name, _parse_tree(path / name, data, keys[name])
 
 
 def _parse_tree(file: Path, data: bytes, keys: list[str]) -> dict[str, Tensor]:
