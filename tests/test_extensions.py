@@ -36,8 +36,10 @@ def test_a_lock_of_a_killed_compiler_is_removed_however_young(own, capsys):
 
 HOLDERS = {
     "open": "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL)",
-    "at work": "import os, sys; open(sys.argv[1], 'x').close(); os.chdir(os.path.dirname(sys.argv[1]))",
-}  # fmt: skip
+    "at work": (
+        "import os, sys; open(sys.argv[1], 'x').close(); os.chdir(os.path.dirname(sys.argv[1]))"
+    ),
+}
 
 
 @pytest.mark.parametrize("holder", HOLDERS)

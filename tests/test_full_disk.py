@@ -24,7 +24,7 @@ Events = dict[int, Callable[[], object]]
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB; where mounting is not allowed, only test_saver.py has failing writes."""
+    """A file system of 4 MB, where mounting is allowed; test_saver.py has failing writes anyway."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
@@ -58,7 +58,7 @@ def train(config, monkeypatch):  # noqa: F811
 
 @pytest.fixture(autouse=True)
 def no_lock(monkeypatch):
-    """Its open file would keep the disk from turning read-only; and a process has many runs here."""
+    """Its open file would keep the disk from turning read-only; and one process runs many here."""
     monkeypatch.setattr(RunLock, "take", lambda self: "")
 
 

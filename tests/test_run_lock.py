@@ -13,7 +13,8 @@ from test_training import TRAIN, config, run, train  # noqa: F401
 from ispen_dist.recording.run_lock import RunLock, _holder
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from ispen_dist.recording.run_lock import RunLock\n"
+    "import sys, time; from pathlib import Path\n"
+    "from ispen_dist.recording.run_lock import RunLock\n"
     "print(RunLock(Path(sys.argv[1])).take(), flush=True); time.sleep(300)"
 )
 

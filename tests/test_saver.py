@@ -1,4 +1,4 @@
-"""Saving in the background: what is written is the state at the save, and the last one is waited for."""
+"""Saving in the background: the state at the save is written, and the last save is waited for."""
 
 import threading
 import time
