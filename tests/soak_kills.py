@@ -27,8 +27,8 @@ from ispen_dist.recording.metrics_file import read_metrics
 
 TRAIN = Path(__file__).parent.parent / "launcher" / "train.py"
 NUM_RANKS = 2
-_ROUNDS_PER_KILL = 10
-_LIMIT = 300.0
+_ROUNDS_PER_KILL = 8
+_LIMIT = 3600.0
 
 
 def write_problem(folder: Path, num_kills: int, seed: int) -> Path:
@@ -44,8 +44,8 @@ def write_problem(folder: Path, num_kills: int, seed: int) -> Path:
         },
         "inference_net": network,
         "energy": {"name": "label_interaction", "features": network, "num_units": 4},
-        "inner": {"batch_size": 8, "steps": 2},
-        "outer": {"batch_size": 16, "objective": "nce", "task_weight": 1.0, "num_samples": 3},
+        "inner": {"batch_size": 8, "steps": 1},
+        "outer": {"batch_size": 8, "objective": "nce", "task_weight": 1.0, "num_samples": 3},
         "solver": {"max_steps": 2, "damping": 1.0},
         "train": {
             "warmup_rounds": 4, "max_outer_steps": num_kills * _ROUNDS_PER_KILL + 8,
@@ -223,7 +223,7 @@ def kill_once(start: Start, output: Path, draw: random.Random, startup: float) -
     def is_time() -> bool:
         if in_write:
             return published(output) >= before + num_more and is_writing(output)
-        return time.monotonic() - begin >= delay
+        return time.monotonic() - begin >= delay or published(output) >= before + 8
 
     victim = 0 if in_write else draw.randrange(NUM_RANKS)
     while not start.is_over():
