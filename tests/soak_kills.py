@@ -192,7 +192,6 @@ class Kills:
 
     num: int = 0
     num_in_write: int = 0
-    num_rank0: int = 0
     steps: list[int] = field(default_factory=list)
 
 
@@ -209,12 +208,28 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def is_writing(output: Path) -> bool:
-    """Whether the hidden folder of a save is there."""
-    return any(name.startswith(".saving_") for name in _names(output / "checkpoints"))
+def saves(output: Path) -> set[tuple[str, int, int]]:
+    """Return name, number and time of change of the hidden folders of saves.
+
+    One that an earlier kill left stays as it is until the next save begins; what is new or changes
+    is being written.
+    """
+    found = set()
+    for name in _names(output / "checkpoints"):
+        if name.startswith(".saving_"):
+            with contextlib.suppress(FileNotFoundError):
+                status = (output / "checkpoints" / name).stat()
+                found.add((name, status.st_ino, status.st_mtime_ns))
+    return found
 
 
-def kill_once(start: Start, output: Path, draw: random.Random, startup: float) -> bool:
+def kill_once(
+    start: Start,
+    output: Path,
+    draw: random.Random,
+    startup: float,
+    left: set[tuple[str, int, int]],
+) -> bool:
     """Kill a rank at a random moment, half of the time inside a write; False if it was over."""
     before, begin = published(output), time.monotonic()
     in_write = draw.random() < 0.55
@@ -222,7 +237,7 @@ def kill_once(start: Start, output: Path, draw: random.Random, startup: float) -
 
     def is_time() -> bool:
         if in_write:
-            return published(output) >= before + num_more and is_writing(output)
+            return published(output) >= before + num_more and bool(saves(output) - left)
         return time.monotonic() - begin >= delay or published(output) >= before + 8
 
     victim = 0 if in_write else draw.randrange(NUM_RANKS)
@@ -230,7 +245,7 @@ def kill_once(start: Start, output: Path, draw: random.Random, startup: float) -
         if is_time() and (process := start.ranks().get(victim)):
             if in_write:
                 time.sleep(draw.uniform(0.0, 0.004))
-                if not is_writing(output):
+                if not saves(output) - left:
                     continue
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -264,15 +279,16 @@ def soak(
     assert first.code() == 0, log.read_text()[-3000:]
     report(f"undisturbed run: {time.monotonic() - begin:.0f} s, {startup:.1f} s to start")
     while kills.num < num_kills and time.monotonic() < until:
+        left = saves(killed)
         run = start(arguments(killed), log)
-        if not kill_once(run, killed, draw, startup):
+        if not kill_once(run, killed, draw, startup, left):
             assert run.code() == 0, log.read_text()[-3000:]
             report("the run was over before its kills were")
             break
         before = published(killed)
         run.code()
         kills.num += 1
-        kills.num_in_write += is_writing(killed)
+        kills.num_in_write += bool(saves(killed) - left)
         kills.steps.append(check_remains(killed, before))
         assert run.num_left() == 0, "a process was left"
         report(f"kill {kills.num}: step {kills.steps[-1]}, {kills.num_in_write} inside a write")
