@@ -4,6 +4,7 @@
         NAME.safetensors    one file per tree of tensors
         state.json          everything that is not a tensor
         manifest.json       format version, step, SHA-256 and size of every file, order of keys
+    checkpoints/best.json   which one holds the best networks, see `ispen_dist.pruning`
 
 A save writes into a hidden folder beside the final one, syncs it, writes the manifest last and
 renames. A folder under its final name is therefore complete, and whatever damages it later
@@ -14,7 +15,7 @@ from the files. One process saves at a time.
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ispen_dist.manifest import (
-    FOLDER_NAME,
     FORMAT_NAME,
     FORMAT_VERSION,
     MANIFEST,
@@ -42,6 +42,15 @@ from ispen_dist.manifest import (
     verified_files,
     write_file,
 )
+from ispen_dist.pruning import (
+    REPLACED,
+    SAVING,
+    candidates,
+    delete_folder,
+    delete_leftovers,
+    delete_old,
+    mark_best,
+)
 
 __all__ = [
     "Checkpoint",
@@ -50,8 +59,6 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
 ]
-
-_SAVING, _DELETING, _REPLACED = ".saving_", ".deleting_", ".replaced"
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ def save_checkpoint(
     trees: Mapping[str, dict[str, Tensor]],
     state: Mapping[str, Any],
     keep: int,
+    best: float | None = None,
 ) -> Path:
     """Write a checkpoint and delete old ones; return its path.
 
@@ -86,12 +94,15 @@ def save_checkpoint(
     attempt left behind, are reported and never deleted.
 
     Args:
-        folder: where the checkpoints of a run lie; made if missing.
+        folder: where the checkpoints of a run lie; made if missing, but not the run's folder: one
+            that has vanished is an error.
         step: when this is.
         trees: dense tensors by tree and key; a tree may be empty.
         state: JSON values with string keys. NaN and infinity are refused: JSON has neither, and
             null in their place would resume as another state.
         keep: how many of the newest checkpoints to keep, this one included; at least 1.
+        best: the best metric on dev so far, whose networks are among the trees; the checkpoint
+            that was the first with them is marked and kept as well. None marks and spares none.
 
     Raises:
         ValueError: if an argument cannot be stored; nothing was written.
@@ -99,10 +110,10 @@ def save_checkpoint(
             is no folder under the final name.
     """
     _check_arguments(step, trees, state, keep)
-    folder.mkdir(parents=True, exist_ok=True)
-    _delete_leftovers(folder)
+    folder.mkdir(exist_ok=True)
+    delete_leftovers(folder)
     final = folder / f"step_{step:08d}"
-    temporary = folder / f"{_SAVING}{final.name}"
+    temporary = folder / f"{SAVING}{final.name}"
     try:
         _write_folder(temporary, step, trees, state)
         _move_into_place(temporary, final)
@@ -110,7 +121,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         error.add_note(f"{final}: the save did not finish; older checkpoints are as they were")
         raise
-    _delete_old(folder, step, keep)
+    spared = None if best is None else mark_best(folder, step, best)
+    delete_old(folder, step, keep, spared)
     return final
 
 
@@ -162,10 +174,10 @@ def _tree_bytes(tree: dict[str, Tensor]) -> bytes:
 
 def _move_into_place(temporary: Path, final: Path) -> None:
     """Rename the finished folder, keeping a namesake findable until the new one stands."""
-    replaced = final.with_name(final.name + _REPLACED)
+    replaced = final.with_name(final.name + REPLACED)
     if final.exists():
         if replaced.exists():
-            _delete_folder(replaced)
+            delete_folder(replaced)
         os.rename(final, replaced)
     try:
         os.rename(temporary, final)
@@ -176,99 +188,24 @@ def _move_into_place(temporary: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
-# -- deleting ----------------------------------------------------------------------------------
-
-
-def _delete_leftovers(folder: Path) -> None:
-    """Remove the hidden folders of saves and deletions that were killed."""
-    for path in folder.iterdir():
-        if path.name.startswith((_SAVING, _DELETING)) and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _delete_old(folder: Path, step: int, keep: int) -> None:
-    """Delete what is older than the newest `keep` complete checkpoints up to `step`.
-
-    The one of `step` was just written and is always among them. A checkpoint with missing or cut
-    files does not count, so that damage never pushes out an intact one.
-    """
-    later = [path.name for path in _candidates(folder) if _step_of(path) > step]
-    if later:
-        warnings.warn(
-            f"{folder}: saved step {step}, but an earlier attempt left {', '.join(later)}, which "
-            "an automatic resume would take; delete them if this attempt replaces that one",
-            stacklevel=3,
-        )
-    kept: set[int] = set()
-    for path in _candidates(folder):
-        number = _step_of(path)
-        if number > step:
-            continue
-        if len(kept) >= keep or number in kept:
-            _try_delete(path)
-        elif _looks_complete(path):
-            kept.add(number)
-
-
-def _looks_complete(path: Path) -> bool:
-    """Compare sizes alone; hashing every kept checkpoint at every save would cost too much."""
-    try:
-        files = read_manifest(path)["files"]
-        return all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (CheckpointError, OSError):
-        return False
-
-
-def _try_delete(path: Path) -> None:
-    try:
-        _delete_folder(path)
-    except OSError as error:
-        warnings.warn(f"{path}: old checkpoint not deleted: {error}", stacklevel=4)
-
-
-def _delete_folder(path: Path) -> None:
-    # Renamed first, so that a kill in between leaves no half checkpoint under a final name.
-    doomed = path.with_name(_DELETING + path.name)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
-
-
 # -- finding and loading -----------------------------------------------------------------------
 
 
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the intact checkpoint of the highest step, or None.
 
-    The step is read from the folder's name; links are not followed. Every file is hashed. A
-    damaged checkpoint is skipped with a warning that names the file.
+    The step is read from the folder's name; links are not followed. Every file is hashed and
+    parsed. A damaged checkpoint is skipped with a warning that names the file.
     """
-    for path in _candidates(folder):
+    for path in candidates(folder):
         try:
-            for _ in verified_files(path, read_manifest(path)):
+            for _ in _contents(path, read_manifest(path)):
                 pass
         except CheckpointError as error:
             warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=2)
         else:
             return path
     return None
-
-
-def _candidates(folder: Path) -> list[Path]:
-    """Return the folders with a checkpoint's name, newest first, a replaced one after its heir."""
-    if not folder.is_dir():
-        return []
-    paths = [
-        path
-        for path in folder.iterdir()
-        if FOLDER_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
-    ]
-    return sorted(paths, key=lambda p: (-_step_of(p), p.name.endswith(_REPLACED)))
-
-
-def _step_of(path: Path) -> int:
-    match = FOLDER_NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -280,15 +217,20 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: if a file is missing, cut, changed or of an unknown format version.
     """
     manifest = read_manifest(path)
-    trees: dict[str, dict[str, Tensor]] = {}
-    state: dict[str, Any] = {}
-    order = {tree_file(name): name for name in manifest["trees"]}
+    contents = dict(_contents(path, manifest))
+    state = contents.pop(STATE)
+    trees = {name: contents[tree_file(name)] for name in manifest["trees"]}
+    return Checkpoint(manifest["step"], trees, state)
+
+
+def _contents(path: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every tree and the state by the names of their files, one at a time."""
+    keys = {tree_file(name): keys for name, keys in manifest["trees"].items()}
     for name, data in verified_files(path, manifest):
         if name == STATE:
-            state = parse_json(path / STATE, data)
+            yield name, parse_json(path / name, data)
         else:
-            trees[order[name]] = _parse_tree(path / name, data, manifest["trees"][order[name]])
-    return Checkpoint(manifest["step"], {name: trees[name] for name in manifest["trees"]}, state)
+            yield name, _parse_tree(path / name, data, keys[name])
 
 
 def _parse_tree(file: Path, data: bytes, keys: list[str]) -> dict[str, Tensor]:

@@ -383,6 +383,13 @@ class TrainConfig:
     """Rounds between checkpoints; the last round always leaves one."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    keep_best: bool = True
+    """Also keep the first checkpoint that holds the networks that did best on dev; best.json beside
+    it names it."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint or a record cannot be written: stop the run with exit code 5, so that no
+    time goes into what may never be kept, or warn, continue and try again at the next save. A run
+    that ends with something unwritten has exit code 5 as well. The last good checkpoint stays."""
     log_every: int = 1
     """Rounds between rows of metrics.jsonl."""
     on_not_finite: Literal["skip", "back_off", "stop"] = "skip"

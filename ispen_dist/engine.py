@@ -135,9 +135,9 @@ class Engine(ABC):
         """Reset the optimizer's state."""
 
     def whole(self, tree: Tree) -> Iterator[tuple[str, Tensor]]:
-        """Yield whole tensors on the CPU from own parts, one at a time; all ranks call it."""
+        """Yield whole tensors from own parts, one at a time; all ranks call it."""
         for name, part in tree.items():
-            yield name, self.layout.gather([{name: part}])()[0][name].detach().cpu()
+            yield name, self.layout.gather([{name: part}])()[0][name].detach()
 
     def collect(self, names: Sequence[str]) -> Tree:
         """Return whole tensors of a few parameters on every rank, as constants."""

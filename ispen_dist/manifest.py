@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,10 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
 
 
 def _read(file: Path) -> bytes:
+    """Return the content of a regular file; a link may lead anywhere, and a pipe never ends."""
     try:
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise damaged(file, "a regular file", "a link, a folder or a device")
         return file.read_bytes()
     except OSError as error:
         raise damaged(file, "a readable file", error.strerror or str(error)) from error

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ispen_dist.command_line import config_from_dict, config_to_dict
 from ispen_dist.config import Config
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Codec, Dataset, MultiLabelCodec, TaggingCodec
+from ispen_dist.data.output_file import replacing
 from ispen_dist.data.token_features import HashedTokenFeatures
 from ispen_dist.evaluate import evaluate, predictions
 from ispen_dist.metrics import build_metrics
@@ -106,7 +107,7 @@ def save_model(
     codec: Codec,
     threshold: float | None,
 ) -> None:
-    """Write the folder that `Predictor.from_pretrained` reads.
+    """Write the folder that `Predictor.from_pretrained` reads, each file whole or not at all.
 
     Args:
         folder: made if missing.
@@ -118,14 +119,16 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     for name, tree in weights.items():
         tensors = {key: value.detach().cpu().contiguous() for key, value in tree.items()}
-        save_file(tensors, folder / f"{name}.safetensors")
+        with replacing(folder / f"{name}.safetensors") as partial:
+            partial.write_bytes(save(tensors))
     description = {
         "format_version": FORMAT_VERSION,
         "config": config_to_dict(config),
         "codec": asdict(codec),
         "threshold": threshold,
     }
-    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
+    with replacing(folder / "config.json") as partial:
+        partial.write_text(json.dumps(description, indent=2) + "\n", "utf-8")
 
 
 def _codec(values: dict[str, Any]) -> Codec:

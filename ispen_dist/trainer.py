@@ -4,13 +4,14 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ispen_dist import ops
-from ispen_dist.checkpoint import Checkpoint, save_checkpoint
+from ispen_dist.checkpoint import Checkpoint
 from ispen_dist.config import Config, ConfigError, OptimizerConfig
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Dataset
@@ -32,6 +33,7 @@ from ispen_dist.outer import OuterStep, SolverRecord
 from ispen_dist.players import Players, build_players, groups_of
 from ispen_dist.predictor import save_model
 from ispen_dist.recording.run_folder import RunFolder
+from ispen_dist.saver import Saver
 from ispen_dist.seeding import derived_seed, seed_step, step_generator
 from ispen_dist.source import Source, buckets_of
 from ispen_dist.stopping import Boundary, Stopped
@@ -70,8 +72,16 @@ class Trainer:
         self.num_stale = 0
         self.seconds = 0.0
         self.not_finite = NotFiniteWatch(config.train, self._locate, folder.message)
+        self.saver = Saver(
+            folder.checkpoints,
+            folder.failures,
+            is_main=session.is_main,
+            keep=config.train.keep_checkpoints,
+            sync=folder.sync,
+        )
         self.boundary = Boundary(session.largest)
         self.boundary.add("stop", lambda: session.stop.signal)
+        self.boundary.add("not written", lambda: folder.failures.must_stop)
 
     @property
     def num_rounds(self) -> int:
@@ -142,10 +152,16 @@ class Trainer:
         Raises:
             Stopped: after a signal to any rank, with everything saved.
             NotFinite: see `train.on_not_finite`.
+            StorageFailed: on all ranks, see `train.on_save_error`.
         """
-        begin = time.perf_counter() - self.seconds
-        first_round = self.round
-        self.folder.start(self.num_rounds, first_round)
+        with self.saver:
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        begin = time.perf_counter()
+        before = self.seconds
+        self.folder.start(self.num_rounds, self.round)
+        self._require_everything_written()
         while self.round < self.num_rounds and not self._out_of_patience():
             round_begin = time.perf_counter()
             figures = self.train_round()
@@ -157,13 +173,19 @@ class Trainer:
             self._record(figures)
             if self._is_due(self.config.train.eval_every):
                 self._evaluate_and_select()
-            self.seconds = time.perf_counter() - begin
-            stop = self.boundary()["stop"]
-            if stop or self._is_due(self.config.train.checkpoint_every):
+            self.seconds = before + time.perf_counter() - begin
+            self.saver.look()
+            told = self.boundary()
+            if told["not written"]:
+                raise self.folder.failures.error()
+            if told["stop"] or self._must_save():
                 self.save()
-            if stop:
-                raise Stopped(self.round, signal.Signals(stop).name)
-        return self._finish()
+            if told["stop"]:
+                self.saver.finish()
+                self._require_everything_written()
+                raise Stopped(self.round, signal.Signals(told["stop"]).name)
+        self.saver.finish()
+        return self._finish(self.saver.summary(time.perf_counter() - begin))
 
     def train_round(self) -> dict[str, float]:
         """Take the inner steps of one round and its outer step, and return the figures."""
@@ -305,7 +327,7 @@ class Trainer:
         if last or self.round % self.config.train.log_every == 0:
             self.folder.record_round(self.round, figures)
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, checkpoints: Mapping[str, float]) -> dict[str, Any]:
         """Restore the best networks, read test once, export, and write the summary."""
         if not self.best_dev:
             self._evaluate_and_select()
@@ -326,6 +348,7 @@ class Trainer:
             "test": test,
             "hypergradient": self.outer_step.record.summary(),
             "not_finite": self.not_finite.record.state(),
+            "checkpoints": checkpoints,
         }
         if self.compiler is not None:
             count, seconds = len(self.compiler.names), round(self.compiler.seconds, 3)
@@ -333,7 +356,7 @@ class Trainer:
         self.session.watchdog.beat("export")
         self._export(threshold)
         self.folder.finish(summary)
-        self.session.barrier()
+        self._require_everything_written()
         return summary
 
     def _export(self, threshold: float | None) -> None:
@@ -342,31 +365,36 @@ class Trainer:
             n: self._whole(engine, engine.parameters()) for n, engine in self.engines.items()
         }
         if self.session.is_main:
-            save_model(self.folder.model, weights, self.config, self.splits.codec, threshold)
+            with self.folder.failures.watching("model"):
+                save_model(self.folder.model, weights, self.config, self.splits.codec, threshold)
 
     # -- checkpoints ---------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of everything that changes, as whole tensors; the main process does.
+        """Have a checkpoint written of everything that changes, as whole tensors.
 
-        So it can be resumed on another number of ranks and under another engine.
+        So it can be resumed on another number of ranks and under another engine. Training goes on
+        when the state is copied to the main process; `saver.wait` waits for the rest.
         """
         self.session.watchdog.beat("save")
-        trees = self._trees()
-        if self.session.is_main:
-            save_checkpoint(
-                self.folder.checkpoints,
-                self.round,
-                trees,
-                self._state(),
-                self.config.train.keep_checkpoints,
-            )
-        self.session.barrier()
+        best = None
+        if self.config.train.keep_best and self.best_dev:
+            best = self.best_dev[self.metrics.main]
+        record = partial(self.folder.record_save, self.round)
+        self.saver.save(self.round, self._trees, self._state(), record, best)
+
+    def _must_save(self) -> bool:
+        return self._is_due(self.config.train.checkpoint_every) or self._out_of_patience()
+
+    def _require_everything_written(self) -> None:
+        """End the run on all ranks alike if something is missing on the disk."""
+        if any(self.session.largest([len(self.folder.failures.unwritten)])):
+            raise self.folder.failures.error()
 
     def _whole(self, engine: Engine, parts: Tree) -> Tree:
-        """Return whole tensors on the CPU of the main process, and nothing elsewhere."""
+        """Return copies of whole tensors on the CPU of the main process, and nothing elsewhere."""
         is_main = self.session.is_main
-        return {name: value for name, value in engine.whole(parts) if is_main}
+        return {n: value.to("cpu", copy=True) for n, value in engine.whole(parts) if is_main}
 
     def _trees(self) -> dict[str, Tree]:
         trees = {}

@@ -16,7 +16,7 @@ import torch
 
 from ispen_dist.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from ispen_dist.command_line import TrainCommand, dump_config, parse_train, print_error
-from ispen_dist.config import Config, ConfigError
+from ispen_dist.config import ConfigError
 from ispen_dist.data.errors import DataError
 from ispen_dist.data.loading import load_splits
 from ispen_dist.distributed import Session
@@ -29,9 +29,11 @@ from ispen_dist.plan import describe
 from ispen_dist.recording.console import Console
 from ispen_dist.recording.requeue import mark, unmark
 from ispen_dist.recording.run_folder import RunFolder, check_folder
+from ispen_dist.recording.run_lock import RunLock
 from ispen_dist.stopping import Stopped, StopRequest, stop_with_launcher
 from ispen_dist.trainer import Trainer
 from ispen_dist.watchdog import write_prefixed
+from ispen_dist.write_failures import StorageFailed
 
 CANNOT_WORK = (ConfigError, DataError, CheckpointError, StageError)
 
@@ -59,6 +61,9 @@ def main() -> Exit:
     except (NotFinite, SolveFailed) as error:
         report(session, error)
         leave(Exit.NOT_FINITE)
+    except StorageFailed as error:
+        report(session, error)
+        leave(Exit.DISK)
     except Exception:
         write_prefixed(traceback.format_exc())
         if not session.watchdog.is_late:
@@ -90,7 +95,9 @@ def run(command: TrainCommand, session: Session) -> None:
             print(describe(config, splits, session.num_ranks, session.runtime))
         return
     output = command.output or default_output(command, session)
-    path = together(session, lambda: find_start(command, output, config), CANNOT_WORK)
+    path = together(
+        session, lambda: find_start(command, output, is_main=session.is_main), CANNOT_WORK
+    )
     with Console(is_main=session.is_main) as console:
         folder = RunFolder(output, config, console, is_main=session.is_main)
         trainer = Trainer(config, splits, session, folder)
@@ -108,12 +115,15 @@ def run(command: TrainCommand, session: Session) -> None:
                 console.message(str(error))
                 if session.is_main:
                     mark(output, error)
+                session.barrier()  # The first rank to end may have the others ended.
             raise
 
 
-def find_start(command: TrainCommand, output: Path, config: Config) -> Path | None:
-    """Check the run folder, and return the checkpoint to continue from, if any."""
-    check_folder(output, config, may_continue=command.resume != "none")
+def find_start(command: TrainCommand, output: Path, *, is_main: bool) -> Path | None:
+    """Take the run folder, check it, and return the checkpoint to continue from, if any."""
+    if is_main:
+        RunLock(output).take()
+    check_folder(output, command.config, may_continue=command.resume != "none")
     return choose_checkpoint(command, output)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ispen_dist import checkpoint as checkpoint_module
 from ispen_dist import manifest as manifest_module
+from ispen_dist import pruning as pruning_module
 from ispen_dist.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -298,7 +299,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_reported(
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "no", str(path))
 
-    monkeypatch.setattr(checkpoint_module, "_delete_folder", refuse)
+    monkeypatch.setattr(pruning_module, "delete_folder", refuse)
     with pytest.warns(UserWarning, match="old checkpoint not deleted"):
         path = save(tmp_path, 2, keep=1)
     assert find_checkpoint(tmp_path) == path
@@ -435,3 +436,14 @@ def test_a_kill_does_not_cost_the_last_intact_checkpoint(
         assert found in ("step_00000010", "step_00000030")
         num_calls += 1
     assert num_calls > 5
+
+
+def test_a_flipped_key_in_the_newest_manifest_does_not_keep_a_run_from_resuming(
+    tmp_path: Path,
+) -> None:
+    """The files agree with their sums, but a tensor would have another name."""
+    older, newest = save(tmp_path, 1), save(tmp_path, 2)
+    file = newest / "manifest.json"
+    file.write_text(file.read_text().replace('"w"', '"v"'))
+    with pytest.warns(UserWarning, match=r"theta.safetensors: expected tensors \['v'\]"):
+        assert find_checkpoint(tmp_path) == older

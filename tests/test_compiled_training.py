@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from test_training import TRAIN, metric_rows, run, tagged_text, train
+from records import rows_of
+from test_training import TRAIN, run, tagged_text, train
 
 BUCKETS = "--compile.buckets=[8]"
 NETS = ("inference_net", "energy.features")
@@ -69,7 +70,7 @@ def compiled_multilabel(multilabel, tmp_path_factory):
 
 def assert_same_figures(found, expected, rel=1e-8):
     """Roundings of 50 steps of AdamW and 8 solves of 3 products; they grow, but not to 1e-8."""
-    first, second = metric_rows(found), metric_rows(expected)
+    first, second = rows_of(found), rows_of(expected)
     assert [row["step"] for row in first] == [row["step"] for row in second]
     for ours, theirs in zip(first, second, strict=True):
         assert ours.keys() == theirs.keys()

@@ -5,7 +5,6 @@ import pytest
 from ispen_dist.config import ConfigError
 from ispen_dist.data.sampler import ShardedSampler, in_order
 from ispen_dist.distributed.runtime import runtime_from
-from ispen_dist.distributed.session import STALE_SECONDS, check_extensions
 
 
 @pytest.mark.parametrize(
@@ -72,15 +71,3 @@ def test_the_runtime_is_read_from_what_accelerate_leaves():
 def test_an_engine_that_is_not_supported_is_named(environment, message):
     with pytest.raises(ConfigError, match=message):
         runtime_from(environment)
-
-
-def test_a_lock_left_by_a_killed_compiler_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    check_extensions()
-    lock = tmp_path / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir()
-    lock.touch()
-    written = lock.stat().st_mtime
-    check_extensions(now=written + 60.0)
-    with pytest.raises(ConfigError, match=r"deepspeed_shm_comm.lock: expected no lock.*delete"):
-        check_extensions(now=written + STALE_SECONDS + 1.0)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from records import rows_of
 from safetensors.torch import load_file
 
 from ispen_dist.predictor import ModelError, Predictor
@@ -157,14 +158,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, finished,
     for state in states:
         state.pop("seconds")
     assert states[0] == states[1]
-    assert metric_rows(whole) == metric_rows(resumed)
+    assert rows_of(whole) == rows_of(resumed)
     weights = [load_file(f / "model" / "inference_net.safetensors") for f in (whole, resumed)]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-
-
-def metric_rows(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "examples_per_second"} for row in rows]
 
 
 def test_two_ranks_follow_the_trajectory_of_one(config, tmp_path):
@@ -178,7 +174,7 @@ def test_two_ranks_follow_the_trajectory_of_one(config, tmp_path):
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         "--main_process_port", "0", TRAIN, "--config", config, "--output", tmp_path / "two", *exact,
     )  # fmt: skip
-    one, two = metric_rows(tmp_path / "one"), metric_rows(tmp_path / "two")
+    one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
     assert [row["step"] for row in one] == [row["step"] for row in two]
     for first, second in zip(one, two, strict=True):
         for key in first.keys() - {"phase"}:
@@ -220,12 +216,12 @@ def test_a_bad_line_is_named_with_file_and_line(config, tmp_path):
 
 def test_a_used_folder_is_not_overwritten(config, finished):
     folder, _ = finished
-    before = metric_rows(folder)
+    before = rows_of(folder)
     done = train(config, folder, "--resume", "none", expect=2)
     assert "expected a new or empty folder" in done.stderr
     done = train(config, folder, "--inner.steps=3", expect=2)
     assert "inner.steps: expected 2, got 3" in done.stderr
-    assert metric_rows(folder) == before
+    assert rows_of(folder) == before
 
 
 def test_a_damaged_model_is_refused_by_name(finished, tmp_path):

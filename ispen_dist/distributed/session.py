@@ -1,12 +1,8 @@
 """One process of a run: its rank, its device, its engines, and how it stays in step with others."""
 
-import hashlib
 import os
-import sys
-import time
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +12,13 @@ from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from ispen_dist.config import ConfigError
 from ispen_dist.distributed.engines import (
     DeepSpeedEngine,
     FullyShardedEngine,
     shard,
     without_hooks,
 )
+from ispen_dist.distributed.extensions import check_extensions
 from ispen_dist.distributed.ranks import Ranks
 from ispen_dist.distributed.runtime import Runtime, runtime_from
 from ispen_dist.engine import Engine, Groups, ReplicatedEngine
@@ -150,32 +146,6 @@ class Session:
         self.watchdog.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def check_extensions(now: float | None = None) -> None:
-    """Give DeepSpeed's compiled operators a folder of their own, and look for a stale lock.
-
-    DeepSpeed compiles small operators at first use. A process that is killed meanwhile leaves its
-    lock, and every later start waits for it without a word.
-
-    Raises:
-        ConfigError: for a lock older than `STALE_SECONDS`, naming it.
-    """
-    # One folder per installation: two would rebuild each other's operators, at the same time even.
-    installation = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
-    cache = Path.home() / ".cache" / "ispen_dist" / f"torch_extensions_{installation}"
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache)))
-    for lock in folder.glob("*/lock"):
-        age = (time.time() if now is None else now) - lock.stat().st_mtime
-        if age > STALE_SECONDS:
-            raise ConfigError(
-                f"{lock}: expected no lock, found one {age / 60:.0f} minutes old, left by a "
-                "process that was killed while it compiled; delete it if none is compiling now"
-            )
-
-
-STALE_SECONDS = 600.0
-"""Age at which a lock of the compiler is taken for left behind; compiling takes under a minute."""
 
 
 def _collective_timeout(hang_timeout: float) -> dict[str, timedelta]:

@@ -1,5 +1,6 @@
 """The metrics of a run, one JSON object a line, each step once however often the run resumed."""
 
+import errno
 import json
 import math
 import os
@@ -8,11 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ispen_dist.data.output_file import replacing
+
 Figure = float | int | str | bool | None
 
 
 class MetricsFile:
     """Appends rows `{"step": 7, "phase": "train", ...}` and hands each to the system at once.
+
+    The file is opened for every row: so a disk that has vanished is noticed, and one that came
+    back is written to again. Rows that could not be written are kept and go before the next one.
 
     Args:
         path: of the file; its folder must exist.
@@ -35,7 +41,7 @@ class MetricsFile:
         kept = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
         _rewrite(path, kept)
         self._last_steps: dict[str, int] = {row["phase"]: row["step"] for row in kept}
-        self._file = path.open("a", encoding="ascii")
+        self._size, self._unwritten = path.stat().st_size, b""
 
     def write(self, step: int, phase: str, figures: Mapping[str, Figure]) -> None:
         """Append a row; NaN and infinity become null, since JSON has neither.
@@ -47,6 +53,7 @@ class MetricsFile:
 
         Raises:
             ValueError: if the step of the phase is already there, or a name is taken.
+            OSError: if it cannot be written now; it will be with the next row.
         """
         last = self._last_steps.get(phase, -1)
         if step <= last:
@@ -56,16 +63,34 @@ class MetricsFile:
             )
         if taken := {"step", "phase"} & figures.keys():
             raise ValueError(f"{self.path}: figure {taken.pop()!r} has a reserved name; rename it")
-        self._file.write(_line({"step": step, "phase": phase, **figures}))
-        self._file.flush()
+        self._unwritten += _line({"step": step, "phase": phase, **figures}).encode("ascii")
         self._last_steps[phase] = step
+        self._append()
+
+    def _append(self) -> None:
+        """Write what is not written yet; the end of the file is that of a row, or is made so."""
+        with self.path.open("r+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size < self._size:
+                raise OSError(errno.ESTALE, "rows that were written are gone", str(self.path))
+            if size > self._size:
+                # Half a row, of a write that failed.
+                file.truncate(self._size)
+                file.seek(self._size)
+            rest = memoryview(self._unwritten)
+            while rest:
+                rest = rest[file.write(rest) :]
+        self._size, self._unwritten = self._size + len(self._unwritten), b""
+
+    def sync(self) -> None:
+        """Write everything that `write` took through to the disk; from any thread."""
+        with self.path.open("r+b") as file:
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """Write everything through to the disk."""
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+        self._append()
+        self.sync()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -109,9 +134,5 @@ def _line(row: Mapping[str, Figure]) -> str:
 
 def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
     """Replace the file at once, so that a kill leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".temporary")
-    with temporary.open("w", encoding="ascii") as file:
-        file.writelines(map(_line, rows))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        partial.write_text("".join(map(_line, rows)), "ascii")

@@ -1,7 +1,6 @@
 """A run's folder: settings, metric rows, TensorBoard events, checkpoints, the model, a summary."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,14 @@ from torch import Tensor
 
 from ispen_dist.command_line import config_to_dict, dump_config, load_config
 from ispen_dist.config import Config, ConfigError
+from ispen_dist.data.output_file import replacing
 from ispen_dist.recording.console import Console
 from ispen_dist.recording.metrics_file import MetricsFile, read_metrics
 from ispen_dist.recording.tensorboard import TensorBoardRecorder
+from ispen_dist.write_failures import WriteFailures
 
 _CONFIG, _METRICS, _SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+_TENSORBOARD = "tensorboard"
 _SHOWN = {
     "inner": "inner_loss",
     "energy": "energy",
@@ -30,23 +32,30 @@ _NAMES_INTERACTION = {
     "multilabel": ("learned label interactions", "label", "label", "curvature of the energy"),
 }
 _MAY_DIFFER = (
-    "train.patience", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
-    "train.num_threads", "train.on_not_finite", "train.max_not_finite", "train.hang_timeout",
+    "train.patience", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_best",
+    "train.on_save_error", "train.log_every", "train.num_threads", "train.on_not_finite",
+    "train.max_not_finite", "train.hang_timeout",
 )  # fmt: skip
 
 
 class RunFolder:
     """The records of one run; every method does nothing on ranks other than 0.
 
+    What cannot be written is noted in `failures` and not raised.
+
     Args:
         path: the folder; made when the run starts.
         config: all settings.
         console: progress and tables.
         is_main: whether this process writes.
+
+    Attributes:
+        failures: of everything the run writes, checkpoints included.
     """
 
     def __init__(self, path: Path, config: Config, console: Console, *, is_main: bool) -> None:
         self.path, self.config, self._console, self._is_main = path, config, console, is_main
+        self.failures = WriteFailures(config.train.on_save_error, console.message)
         self._dev_curve: list[tuple[int, float]] = []
         self._dev_shown: dict[str, float] = {}
 
@@ -62,20 +71,26 @@ class RunFolder:
         """
         if not self._is_main:
             return
+        with self.failures.watching("run folder"):
+            self._open(first_round)
+        self._console.message(f"run folder: {self.path}")
+        self._console.start(num_rounds, "training", first_round)
+
+    def _open(self, first_round: int) -> None:
         resumed = (self.path / _METRICS).exists()
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / _CONFIG, dump_config(self.config))
-        self._metrics = MetricsFile(self.path / _METRICS, first_round if resumed else None)
+        # From the beginning, what an attempt without a checkpoint left is all written again.
+        last_kept = first_round or -1
+        self._metrics = MetricsFile(self.path / _METRICS, last_kept if resumed else None)
         for row in read_metrics(self.path / _METRICS) if resumed else []:
             if row["phase"] == "dev":
                 self._add_to_curve(row["step"], row)
         self._tensorboard = TensorBoardRecorder(
-            self.path / "tensorboard", first_round + 1 if resumed else None
+            self.path / _TENSORBOARD, last_kept + 1 if resumed else None
         )
-        if not resumed:
+        if first_round == 0 or not resumed:
             self._tensorboard.text("config", f"```yaml\n{dump_config(self.config)}```")
-        self._console.message(f"run folder: {self.path}")
-        self._console.start(num_rounds, "training", first_round)
 
     def message(self, text: str) -> None:
         """Show a line, on the main process."""
@@ -86,40 +101,63 @@ class RunFolder:
         self._dev_curve.append((step, dev[name]))
         self._dev_shown = {f"dev {name}": dev[name]}
 
+    def _record(self, step: int, phase: str, figures: Mapping[str, float | None]) -> None:
+        with self.failures.watching(_METRICS):
+            self._metrics.write(step, phase, figures)
+        with self.failures.watching(_TENSORBOARD):
+            self._tensorboard.scalars({f"{phase}/{k}": v for k, v in figures.items()}, step)
+
     def record_round(self, step: int, figures: Mapping[str, float]) -> None:
         """Write the figures of a round everywhere."""
         if not self._is_main:
             return
-        self._metrics.write(step, "train", figures)
-        self._tensorboard.scalars({f"train/{k}": v for k, v in figures.items()}, step)
+        self._record(step, "train", figures)
         shown = {name: figures[key] for name, key in _SHOWN.items() if key in figures}
         if not figures.get("not_finite"):
             shown.pop("not finite", None)
         self._console.update(step, {**shown, **self._dev_shown})
 
+    def record_save(self, step: int, figures: Mapping[str, float | None]) -> None:
+        """Write what a save cost, and hand all records so far to the system."""
+        if not self._is_main:
+            return
+        self._record(step, "save", figures)
+        with self.failures.watching(_TENSORBOARD):
+            self._tensorboard.flush()
+
+    def sync(self) -> None:
+        """Write the records so far through to the disk; from any thread.
+
+        Raises:
+            OSError: if that fails.
+        """
+        self._metrics.sync()
+        self._tensorboard.sync()
+
     def record_dev(self, step: int, dev: Mapping[str, float]) -> None:
         """Write the metrics of an evaluation on dev, and redraw the curve."""
         if not self._is_main:
             return
-        self._metrics.write(step, "dev", dev)
-        self._tensorboard.scalars({f"dev/{k}": v for k, v in dev.items()}, step)
+        self._record(step, "dev", dev)
         self._add_to_curve(step, dev)
         name = next(iter(dev))
         warmup = self.config.train.warmup_rounds
         mark = {warmup: "end of warm-up"} if 0 < warmup < step else None
-        self._tensorboard.curves(
-            f"dev {name}", {name: self._dev_curve}, step, value_name=name, mark=mark
-        )
+        with self.failures.watching(_TENSORBOARD):
+            self._tensorboard.curves(
+                f"dev {name}", {name: self._dev_curve}, step, value_name=name, mark=mark
+            )
 
     def record_interaction(self, step: int, matrix: Tensor, names: Sequence[str]) -> None:
         """Draw the learned interaction between output variables."""
         if not self._is_main:
             return
         tag, rows, columns, value = _NAMES_INTERACTION[self.config.data.task]
-        self._tensorboard.heat_map(
-            tag, matrix.detach().cpu().numpy(), names, names, step,
-            row_name=rows, column_name=columns, value_name=value,
-        )  # fmt: skip
+        with self.failures.watching(_TENSORBOARD):
+            self._tensorboard.heat_map(
+                tag, matrix.detach().cpu().numpy(), names, names, step,
+                row_name=rows, column_name=columns, value_name=value,
+            )  # fmt: skip
 
     @property
     def model(self) -> Path:
@@ -129,19 +167,24 @@ class RunFolder:
     def close(self) -> None:
         """Write everything out that was recorded; a run that stops early calls this alone."""
         if self._is_main:
-            self._tensorboard.close()
-            self._metrics.close()
+            with self.failures.watching(_TENSORBOARD):
+                self._tensorboard.close()
+            with self.failures.watching(_METRICS):
+                self._metrics.close()
             self._console.stop()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary and print the table of results."""
         if not self._is_main:
             return
-        write_text(self.path / _SUMMARY, json.dumps(summary, indent=2) + "\n")
         results = {f"test/{k}": v for k, v in summary["test"].items()}
         results |= {f"best_dev/{k}": v for k, v in summary["dev"].items()}
-        self._tensorboard.hparams(config_to_dict(self.config), results, summary["rounds"])
+        with self.failures.watching(_TENSORBOARD):
+            # After the last round, so that a kill before the end does not leave them twice.
+            self._tensorboard.hparams(config_to_dict(self.config), results, summary["rounds"] + 1)
         self.close()
+        with self.failures.watching(_SUMMARY):
+            write_text(self.path / _SUMMARY, json.dumps(summary, indent=2) + "\n")
         names = dict.fromkeys([*summary["dev"], *summary["test"]])
         rows = [[n, summary["dev"].get(n), summary["test"].get(n)] for n in names]
         self._console.table("results", ["metric", "dev", "test"], rows)
@@ -161,10 +204,9 @@ class RunFolder:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside the target first, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
+    """Write a file whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, "utf-8")
 
 
 def check_folder(output: Path, config: Config, *, may_continue: bool) -> None:

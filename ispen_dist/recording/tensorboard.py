@@ -1,5 +1,7 @@
 """TensorBoard events of a run: scalars, texts, pictures and, at the end, its settings."""
 
+import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +19,9 @@ from ispen_dist.recording import figures
 class TensorBoardRecorder:
     """Writes one event file into a folder; a resumed run adds another beside it.
 
+    Every method may raise an `OSError`, also that of an earlier write, since a thread writes. The
+    next one then begins another file: half an event hides whatever follows it in the same file.
+
     Args:
         folder: of the event files; made if missing.
         purge_step: first step that is written again after a resume. TensorBoard then hides what
@@ -24,18 +29,39 @@ class TensorBoardRecorder:
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        # The default of two minutes is what a kill would lose.
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+        self._folder, self._purge_step = folder, purge_step
+        self._writer: SummaryWriter | None = None
+        with self._writing():
+            pass
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[SummaryWriter]:
+        """Give the writer of the present file, and give the file up if it fails."""
+        try:
+            if self._writer is None:
+                # The writer would make missing parents too, and hide that the run's folder is gone.
+                self._folder.mkdir(exist_ok=True)
+                # The default of two minutes is what a kill would lose.
+                self._writer = SummaryWriter(
+                    str(self._folder), purge_step=self._purge_step, flush_secs=10
+                )
+                self._purge_step = None
+            yield self._writer
+        except OSError:
+            self._writer = None
+            raise
 
     def scalars(self, values: Mapping[str, float | None], step: int) -> None:
         """Add numbers by tag; those that are None are left out."""
-        for tag, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(tag, value, step)
+        with self._writing() as writer:
+            for tag, value in values.items():
+                if value is not None:
+                    writer.add_scalar(tag, value, step)
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Add a text, shown as Markdown."""
-        self._writer.add_text(tag, text, step)
+        with self._writing() as writer:
+            writer.add_text(tag, text, step)
 
     def heat_map(
         self,
@@ -83,7 +109,8 @@ class TensorBoardRecorder:
 
     def _picture(self, tag: str, figure: Figure, step: int) -> None:
         # Not add_figure: it goes through pyplot, which keeps figures and may look for a display.
-        self._writer.add_image(tag, figures.pixels(figure), step, dataformats="HWC")
+        with self._writing() as writer:
+            writer.add_image(tag, figures.pixels(figure), step, dataformats="HWC")
         figure.clear()
 
     def hparams(
@@ -99,13 +126,26 @@ class TensorBoardRecorder:
             step: the last one.
         """
         # SummaryWriter.add_hparams would open a second run in a folder of its own.
-        for summary in hparams(dict(_flat(settings)), dict(results)):
-            self._writer._get_file_writer().add_summary(summary)
+        with self._writing() as writer:
+            for summary in hparams(dict(_flat(settings)), dict(results)):
+                writer._get_file_writer().add_summary(summary)
         self.scalars(results, step)
+
+    def flush(self) -> None:
+        """Hand everything added so far to the system, so that a kill does not lose it."""
+        with self._writing() as writer:
+            writer.flush()
+
+    def sync(self) -> None:
+        """Write what was flushed through to the disk; from any thread."""
+        for path in self._folder.glob("events.out.tfevents.*"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """Write everything out."""
-        self._writer.close()
+        with self._writing() as writer:
+            writer.close()
 
     def __enter__(self) -> Self:
         return self
