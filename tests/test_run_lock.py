@@ -16,8 +16,7 @@ from ispen_dist.recording.run_lock import RunLock, _holder
 
 HOLD = (
     "import sys, time; from pathlib import Path\n"
-    "from ispen_dist.config import ConfigError
-from ispen_dist.recording.run_lock import RunLock\n"
+    "from ispen_dist.recording.run_lock import RunLock\n"
     "RunLock(Path(sys.argv[1])).take(); print('held', flush=True); time.sleep(300)"
 )
 
