@@ -25,9 +25,9 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-def slurm(*flags, tree: Path = ROOT, environment=os.environ, expect: int = 0):
-    """Run launcher/slurm.py of a tree, in this process: to import it takes seconds."""
-    module = loaded(tree / "launcher" / "slurm.py")
+def slurm(*flags, environment=os.environ, expect: int = 0):
+    """Run launcher/slurm.py, in this process: to import it takes seconds."""
+    module = loaded(ROOT / "launcher" / "slurm.py")
     stdout, stderr = io.StringIO(), io.StringIO()
     with redirect_stdout(stdout), redirect_stderr(stderr), pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -30,27 +29,12 @@ def config(tmp_path_factory) -> Path:
     return write_config(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
-    """The code to submit: this repository if its training obeys signals, otherwise a stand-in."""
-    sources = [*(ROOT / "ispen_dist").rglob("*.py"), ROOT / "launcher" / "train.py"]
-    if any("requeue.json" in path.read_text("utf-8") for path in sources):
-        return ROOT
-    copy = tmp_path_factory.mktemp("tree")
-    for name in ("ispen_dist", "kernels", "launcher", "configs"):
-        shutil.copytree(ROOT / name, copy / name)
-    train = copy / "launcher" / "train.py"
-    train.rename(train.with_name("plain_train.py"))
-    shutil.copy(Path(__file__).with_name("signalled_train.py"), train)
-    return copy
-
-
-def submit(cluster: Cluster, config: Path, run: Path, *flags, tree: Path = ROOT) -> str:
+def submit(cluster: Cluster, config: Path, run: Path, *flags) -> str:
     """Submit two nodes of two ranks each and return the number of the job."""
     size = ("--nodes", "2", "--processes-per-node", "2", "--time", "60")
     printed, _ = slurm(
         "--config", config, "--output", run, *size, *flags,
-        tree=tree, environment=cluster.environment,
+        environment=cluster.environment,
     )  # fmt: skip
     number = printed.split()[1].rstrip(";")
     assert str(run / "slurm" / f"job-{number}.log") in printed
@@ -86,11 +70,10 @@ def test_two_nodes_train_to_the_end(cluster, config, tmp_path):
     assert all(r["ispen_dist"].startswith(str(run / "slurm" / "code")) for r in reports)
 
 
-def test_the_time_limit_is_a_pause(cluster, config, tree, tmp_path):
+def test_the_time_limit_is_a_pause(cluster, config, tmp_path):
     run = tmp_path / "run"
     number = submit(
         cluster, config, run, "--requeue", "--signal-before", 170, "--", "--train.log_every=1",
-        tree=tree,
     )  # fmt: skip
     cluster.wait_for(lambda: bool(steps(run)), PATIENCE)
     # A round that lasts until the signal is there; SLURM looks at time limits every 30 s.
