@@ -1,4 +1,4 @@
-"""Kill a training again and again, and damage its checkpoints; nothing may be lost or unnoticed.
+"""Kill and stop a training again and again, and damage its checkpoints; nothing may be lost.
 
     python tests/soak.py --minutes 60 --kills 100 --output profiling/results/soak.csv
 
@@ -6,12 +6,15 @@ Two ranks train a tiny problem that saves after every round. A rank is killed wi
 random moment, more than half of the time while a checkpoint is being written, and the run is
 started again with --resume auto. After every kill there must be an intact checkpoint no older than
 the newest published one, and in the end the run must be that of an undisturbed one bit for bit.
+Then it is stopped by signals, continued and compared likewise; last, bytes of its checkpoints are
+flipped and cut off.
 """
 
 import argparse
 import csv
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from soak_damage import damage
 from soak_kills import Elastic, Forked, copy_of_checkpoints, soak
+from soak_stops import stop_again
 
 import ispen_dist.trainer  # noqa: F401  (so that forked ranks have it)
 
@@ -47,14 +51,22 @@ def rows_of(arguments: argparse.Namespace, folder: Path) -> list[list]:
         STARTS[arguments.start], folder, arguments.kills, arguments.seed,
         begin + 60.0 * arguments.minutes, lambda text: print(text, flush=True),
     )  # fmt: skip
+    stopped = time.monotonic()
+    to_saved = stop_again(
+        STARTS[arguments.start], folder, arguments.stops, arguments.seed,
+        lambda text: print(text, flush=True),
+    )  # fmt: skip
     killed = time.monotonic()
     outcomes = damage(
         copy_of_checkpoints(folder, folder / "damaged"), arguments.damages, arguments.seed
     )
-    seconds, start = round(killed - begin), arguments.start
+    seconds, start = round(stopped - begin), arguments.start
     rows = [
         [f"kills survived ({start}, 2 ranks)", kills.num, kills.num, seconds],
         [f"kills inside a checkpoint write ({start})", kills.num_in_write, kills.num, seconds],
+        [f"stops continued ({start})", len(to_saved), arguments.stops, round(killed - stopped)],
+        ["signal to saved, median", 1, 1, round(statistics.median(to_saved), 2)],
+        ["signal to saved, slowest", 1, 1, round(max(to_saved), 2)],
     ]
     for kind, outcome in outcomes.items():
         lost = outcome.num - outcome.num_found - outcome.num_harmless
@@ -70,6 +82,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60.0, help="no kill after; default 60")
     parser.add_argument("--kills", type=int, default=100, help="default 100")
+    parser.add_argument("--stops", type=int, default=20, help="by signals; default 20")
     parser.add_argument("--damages", type=int, default=1000, help="flips and cuts; default 1000")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
