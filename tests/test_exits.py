@@ -73,7 +73,12 @@ def test_a_hang_ends_all_ranks_with_4_and_the_stacks_of_all_threads(start):
 
 
 @pytest.mark.parametrize(
-    ("number", "rank"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0), (signal.SIGINT, 1)]
+    ("number", "rank"),
+    [
+        (signal.SIGUSR1, 1),
+        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.thorough),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.thorough),
+    ],
 )
 def test_a_signal_to_any_rank_saves_and_the_run_goes_on_as_undisturbed(
     number, rank, undisturbed, start, tmp_path
