@@ -446,7 +446,8 @@ class Trainer:
             if num_taken:
                 moments = {s: self._own(engine, trees[f"{name}_{s}"]) for s in MOMENTS}
                 engine.load_moments(moments, num_taken)
-        self.not_finite.record = NotFiniteRecord.from_state(state["not_finite"])
+        if "not_finite" in state:  # Runs before 2026-11-25 ended at the first such step.
+            self.not_finite.record = NotFiniteRecord.from_state(state["not_finite"])
         for _, engine in self.engines.items():
             engine.rate_factor = self.not_finite.record.rate_factor
         solver = dict(state["solver"])
