@@ -63,7 +63,7 @@ def main() -> Exit:
         leave(Exit.NOT_FINITE)
     except StorageFailed as error:
         report(session, error)
-        leave(Exit.DISK)
+        code = Exit.DISK  # All ranks are here: they decided together.
     except Exception:
         write_prefixed(traceback.format_exc())
         if not session.watchdog.is_late:
