@@ -27,7 +27,7 @@ def train(config_file: Path, output: Path, num_ranks: int, runtime: str) -> None
 def cut_after(folder: Path, copy: Path, last: int) -> Path:
     """Copy a run as it was when it was killed after a checkpoint."""
     shutil.copytree(folder, copy)
-    for path in (copy / "checkpoints").iterdir():
+    for path in (copy / "checkpoints").glob("step_*"):
         if int(path.name.removeprefix("step_")) > last:
             shutil.rmtree(path)
     shutil.rmtree(copy / "model")

@@ -14,7 +14,8 @@ def test_neither_kills_nor_stops_lose_anything_and_no_damage_goes_unnoticed(tmp_
     # In a process of its own, which has no threads when it forks its ranks.
     command = [
         sys.executable, str(SOAK), "--start", "fork", "--kills", "3", "--stops", "2",
-        "--damages", "200", "--minutes", "2", "--folder", str(tmp_path / "soak"), "--output", str(tmp_path / "out.csv"),
+        "--damages", "200", "--minutes", "2", "--folder", str(tmp_path / "soak"),
+        "--output", str(tmp_path / "out.csv"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
