@@ -47,7 +47,7 @@ def without_key_bias(name, value):
     return torch.cat([query, values])
 
 
-ALWAYS = {*((name, 2) for name in RUNTIMES), ("replicas", 1), ("zero3", 4), ("fsdp2", 4)}
+ALWAYS = {*((name, 2) for name in RUNTIMES), ("replicas", 1), ("fsdp2", 4)}
 
 
 @pytest.mark.parametrize(
