@@ -53,6 +53,10 @@ def why_not() -> str:
     return "" if os.geteuid() == 0 else "slurmd starts jobs as root only; run as root"
 
 
+GOING = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+"""States of a job that is not over."""
+
+
 class Cluster:
     """A running cluster; use it as a context.
 
@@ -164,18 +168,14 @@ class Cluster:
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def is_over(self, number: str) -> bool:
+        """Return whether a job is over, requeues included."""
+        return self.job(number)["JobState"] not in GOING
+
     def wait_for_job(self, number: str, seconds: float) -> str:
         """Wait until a job is over, requeues included, and return its last state."""
-        going = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
-        state = ""
-
-        def over() -> bool:
-            nonlocal state
-            state = self.job(number)["JobState"]
-            return state not in going
-
-        self.wait_for(over, seconds)
-        return state
+        self.wait_for(lambda: self.is_over(number), seconds)
+        return self.job(number)["JobState"]
 
     def wait_for(
         self, is_true: Callable[[], bool], seconds: float, *, may_fail: bool = False

@@ -75,7 +75,8 @@ def test_the_time_limit_is_a_pause(cluster, config, tmp_path):
     number = submit(
         cluster, config, run, "--requeue", "--signal-before", 170, "--", "--train.log_every=1",
     )  # fmt: skip
-    cluster.wait_for(lambda: bool(steps(run)), PATIENCE)
+    cluster.wait_for(lambda: bool(steps(run)) or cluster.is_over(number), PATIENCE)
+    assert not cluster.is_over(number), log_of(run)
     # A round that lasts until the signal is there; SLURM looks at time limits every 30 s.
     ranks = [pid for pid in cluster.processes("LOCAL_WORLD_SIZE=2") if is_rank(pid)]
     assert len(ranks) == 4
@@ -113,7 +114,8 @@ def test_a_failed_node_is_replaced(cluster, config, tmp_path):
     )  # fmt: skip
     number = cluster.run("sbatch", "--parsable", str(job)).strip()
     log = tmp_path / "job.log"
-    cluster.wait_for(lambda: len(steps(run)) >= 4, PATIENCE)
+    cluster.wait_for(lambda: len(steps(run)) >= 4 or cluster.is_over(number), PATIENCE)
+    assert not cluster.is_over(number), log.read_text()
     lost = cluster.job(number)["BatchHost"]
     other = next(name for name in cluster.nodes[:2] if name != lost)
     cluster.kill_node(other)
