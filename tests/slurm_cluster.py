@@ -23,6 +23,8 @@ ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
+# Jobs derive a port from their number, and another test process may have a cluster of its own.
+FirstJobId={port}
 AuthType=auth/munge
 # A requeued job waits until its credential expires, 120 s unless told.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5

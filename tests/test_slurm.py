@@ -13,7 +13,7 @@ from slurm_jobs import NUM_ROUNDS, ROOT, slurm, write_config
 
 PATIENCE = 500.0
 """Seconds to wait for what takes 20 on an idle machine."""
-pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
