@@ -3,7 +3,7 @@
     python profiling/bench_compile.py --output profiling/results/bench_compile.csv
 
 A transformer tagger (d=64, 16 tokens, batch 8) of 2, 8 and 24 blocks: seconds to trace and compile
-the inner steps of a round as one program, and the curvature with its output loss. Every depth runs
+the inner steps, and the curvature with its output loss. Every depth runs
 in a process of its own with an empty cache. Then seconds of the inner steps, plain and compiled.
 """
 
@@ -64,7 +64,7 @@ def measure(num_blocks: int, repetitions: int) -> list[tuple[str, str, list[floa
     both = zip(times["compiled"], times["plain"], strict=True)
     ratio = statistics.median(c / p for c, p in both)
     return [
-        ("ispen_dist", f"compile_inner_{len(inner.names)}_function", [inner.seconds], 0.0),
+        ("ispen_dist", f"compile_inner_{len(inner.names)}_functions", [inner.seconds], 0.0),
         ("ispen_dist", f"compile_curvature_{len(curvature.names)}_functions",
          [curvature.seconds], 0.0),
         ("reference", f"inner_steps_{NUM_STEPS}", times["plain"], 1.0),
