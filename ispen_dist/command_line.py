@@ -1,4 +1,4 @@
-"""Settings from a YAML file and the command line, checked against the sections of `config.py`.
+"""Settings from a YAML file and the command line, checked against the sections of `config/`.
 
 jsonargparse checks and converts values by the fields' types, docstring_parser reads the help out
 of their docstrings; this file adds the order of precedence and errors of one line.

@@ -134,6 +134,11 @@ def build_players(config: Config, codec: Codec, device: torch.device) -> Players
     return Players(inference_net, energy, output_space(codec), config)
 
 
+def networks_of(players: Players) -> dict[str, nn.Module]:
+    """Return both networks by name."""
+    return {"inference_net": players.inference_net, "energy": players.energy}
+
+
 def groups_of(network: nn.Module) -> dict[str, list[str]]:
     """Return names of trainable parameters by group: an energy has `local` and `head`."""
     names = [name for name, p in network.named_parameters() if p.requires_grad]

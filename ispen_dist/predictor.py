@@ -18,7 +18,7 @@ from ispen_dist.data.output_file import replacing
 from ispen_dist.data.token_features import HashedTokenFeatures
 from ispen_dist.evaluate import evaluate, predictions
 from ispen_dist.metrics import build_metrics
-from ispen_dist.players import Players, build_players
+from ispen_dist.players import Players, build_players, networks_of
 
 FORMAT_VERSION = 1
 
@@ -70,7 +70,9 @@ class Predictor:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `inference_net.safetensors`, `energy.safetensors` and `config.json`."""
-        weights = {name: dict(network.state_dict()) for name, network in self._networks().items()}
+        weights = {
+            name: dict(network.state_dict()) for name, network in networks_of(self.players).items()
+        }
         save_model(Path(folder), weights, self.config, self.codec, self.threshold)
 
     @classmethod
@@ -92,12 +94,9 @@ class Predictor:
         predictor = cls(
             build_players(config, codec, torch.device(device)), codec, description["threshold"]
         )
-        for name, network in predictor._networks().items():
+        for name, network in networks_of(predictor.players).items():
             _load_weights(network, folder / f"{name}.safetensors")
         return predictor
-
-    def _networks(self) -> dict[str, nn.Module]:
-        return {"inference_net": self.players.inference_net, "energy": self.players.energy}
 
 
 def save_model(

@@ -2,24 +2,23 @@
 
 import signal
 import time
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ispen_dist import ops
 from ispen_dist.checkpoint import Checkpoint
-from ispen_dist.config import Config, ConfigError, OptimizerConfig
+from ispen_dist.config import Config, OptimizerConfig
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Dataset
 from ispen_dist.data.loading import Splits, hold_out
 from ispen_dist.diagnosis import Diagnosis
 from ispen_dist.distributed import Session
-from ispen_dist.distributed.runtime import Runtime
-from ispen_dist.engine import MOMENTS, Engine, Engines
+from ispen_dist.distributed.runtime import check_runtime
+from ispen_dist.engine import Engines
 from ispen_dist.evaluate import evaluate
 from ispen_dist.graphs.compiler import Compiler
 from ispen_dist.inner import Statistics, inner_step, pretrain_local_step
@@ -30,11 +29,21 @@ from ispen_dist.models.stages import Inputs
 from ispen_dist.not_finite import NotFiniteRecord, NotFiniteWatch
 from ispen_dist.optim import Phase
 from ispen_dist.outer import OuterStep, SolverRecord
-from ispen_dist.players import Players, build_players, groups_of
+from ispen_dist.players import build_players, groups_of, networks_of
 from ispen_dist.predictor import save_model
 from ispen_dist.recording.run_folder import RunFolder
+from ispen_dist.run_state import (
+    own,
+    phases_of,
+    restore_trees,
+    solver_record,
+    solver_state,
+    trees_of,
+    whole,
+)
 from ispen_dist.saver import Saver
 from ispen_dist.seeding import derived_seed, seed_step, step_generator
+from ispen_dist.selection import Selection
 from ispen_dist.source import Source, buckets_of
 from ispen_dist.stopping import Boundary, Stopped
 
@@ -67,9 +76,7 @@ class Trainer:
         self.metrics = build_metrics(splits.codec)
         self._build_sources()
         self._build_phases()
-        self.best: dict[str, Tree] = {}
-        self.best_dev: dict[str, float] = {}
-        self.num_stale = 0
+        self.selection = Selection(self.engines, self.metrics.main)
         self.seconds = 0.0
         self.not_finite = NotFiniteWatch(config.train, self._locate, folder.message)
         self.saver = Saver(
@@ -281,7 +288,7 @@ class Trainer:
 
     def _out_of_patience(self) -> bool:
         patience = self.config.train.patience
-        return patience > 0 and self.num_stale >= patience
+        return patience > 0 and self.selection.num_stale >= patience
 
     # -- evaluation and records ----------------------------------------------------------------
 
@@ -312,15 +319,7 @@ class Trainer:
         self.folder.record_interaction(self.round, interaction, self.splits.codec.output_names)
         if self.round <= self.config.train.warmup_rounds < self.num_rounds:
             return
-        main = self.metrics.main
-        if not self.best_dev or dev[main] > self.best_dev[main]:
-            self.best_dev, self.num_stale = dev, 0
-            self.best = {
-                name: {k: v.detach().clone() for k, v in engine.parameters().items()}
-                for name, engine in self.engines.items()
-            }
-        else:
-            self.num_stale += 1
+        self.selection.enter(dev)
 
     def _record(self, figures: Mapping[str, float]) -> None:
         last = self.round == self.num_rounds
@@ -329,12 +328,10 @@ class Trainer:
 
     def _finish(self, checkpoints: Mapping[str, float]) -> dict[str, Any]:
         """Restore the best networks, read test once, export, and write the summary."""
-        if not self.best_dev:
+        if not self.selection.dev:
             self._evaluate_and_select()
-        for name, engine in self.engines.items():
-            if name in self.best:
-                engine.load(self.best[name])
-        threshold = self.best_dev.get("threshold")
+        self.selection.load()
+        threshold = self.selection.dev.get("threshold")
         test = self._evaluate(self.splits.test, threshold) if self.splits.test else {}
         summary = {
             "task": self.config.data.task,
@@ -344,7 +341,7 @@ class Trainer:
             "runtime": self.session.runtime.name,
             "rounds": self.round,
             "seconds": round(self.seconds, 3),
-            "dev": self.best_dev,
+            "dev": self.selection.dev,
             "test": test,
             "hypergradient": self.outer_step.record.summary(),
             "not_finite": self.not_finite.record.state(),
@@ -361,10 +358,12 @@ class Trainer:
 
     def _export(self, threshold: float | None) -> None:
         """Write the model folder; tensors come to the main process one at a time."""
+        is_main = self.session.is_main
         weights = {
-            n: self._whole(engine, engine.parameters()) for n, engine in self.engines.items()
+            name: whole(engine, engine.parameters(), is_main=is_main)
+            for name, engine in self.engines.items()
         }
-        if self.session.is_main:
+        if is_main:
             with self.folder.failures.watching("model"):
                 save_model(self.folder.model, weights, self.config, self.splits.codec, threshold)
 
@@ -377,9 +376,7 @@ class Trainer:
         when the state is copied to the main process; `saver.wait` waits for the rest.
         """
         self.session.watchdog.beat("save")
-        best = None
-        if self.config.train.keep_best and self.best_dev:
-            best = self.best_dev[self.metrics.main]
+        best = self.selection.best if self.config.train.keep_best else None
         record = partial(self.folder.record_save, self.round)
         self.saver.save(self.round, self._trees, self._state(), record, best)
 
@@ -391,97 +388,33 @@ class Trainer:
         if any(self.session.largest([len(self.folder.failures.unwritten)])):
             raise self.folder.failures.error()
 
-    def _whole(self, engine: Engine, parts: Tree) -> Tree:
-        """Return copies of whole tensors on the CPU of the main process, and nothing elsewhere."""
-        is_main = self.session.is_main
-        return {n: value.to("cpu", copy=True) for n, value in engine.whole(parts) if is_main}
-
     def _trees(self) -> dict[str, Tree]:
-        trees = {}
-        for name, engine in self.engines.items():
-            trees[name] = self._whole(engine, engine.parameters())
-            for slot, moments in engine.moments().items():
-                trees[f"{name}_{slot}"] = self._whole(engine, moments)
-            if name in self.best:
-                trees[f"best_{name}"] = self._whole(engine, self.best[name])
-        start = self.outer_step.record.start or {}
-        trees["solver_start"] = self._whole(self.engines.inference_net, start)
-        return trees
+        record, is_main = self.outer_step.record, self.session.is_main
+        return trees_of(self.engines, self.selection, record, is_main=is_main)
 
     def _state(self) -> dict[str, Any]:
-        record = self.outer_step.record
         return {
             "round": self.round,
             "seed": self.config.train.seed,
             "seconds": self.seconds,
-            "best_dev": self.best_dev,
-            "num_stale": self.num_stale,
-            "phases": {
-                name: {"name": engine.phase.name, "num_taken": engine.num_taken}
-                for name, engine in self.engines.items()
-            },
-            "solver": {
-                "damping": record.damping,
-                "statuses": dict(record.statuses),
-                "num_skipped": record.num_skipped,
-                "num_steps": record.num_steps,
-                "residual_sum": record.residual_sum,
-                "num_residuals": record.num_residuals,
-            },
+            "best_dev": self.selection.dev,
+            "num_stale": self.selection.num_stale,
+            "phases": phases_of(self.engines),
+            "solver": solver_state(self.outer_step.record),
             "not_finite": self.not_finite.record.state(),
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, on any number of ranks and under any engine."""
-        trees, state = checkpoint.trees, checkpoint.state
+        trees, state, device = checkpoint.trees, checkpoint.state, self.session.device
         self.round, self.seconds = state["round"], state["seconds"]
-        self.best_dev, self.num_stale = state["best_dev"], state["num_stale"]
+        self.selection.dev, self.selection.num_stale = state["best_dev"], state["num_stale"]
         if state["phases"]["energy"]["name"] == self.learning.name:
             self.engines.energy.begin(self.learning)
-        for name, engine in self.engines.items():
-            engine.load(self._own(engine, trees[name]))
-            if f"best_{name}" in trees:
-                self.best[name] = self._own(engine, trees[f"best_{name}"])
-            num_taken = state["phases"][name]["num_taken"]
-            if num_taken:
-                moments = {s: self._own(engine, trees[f"{name}_{s}"]) for s in MOMENTS}
-                engine.load_moments(moments, num_taken)
+        restore_trees(self.engines, self.selection, trees, state["phases"], device)
         if "not_finite" in state:  # Runs before 2026-11-25 ended at the first such step.
             self.not_finite.record = NotFiniteRecord.from_state(state["not_finite"])
         for _, engine in self.engines.items():
             engine.rate_factor = self.not_finite.record.rate_factor
-        solver = dict(state["solver"])
-        solver["statuses"] = Counter(solver["statuses"])
-        start = self._own(self.engines.inference_net, trees["solver_start"]) or None
-        self.outer_step.record = SolverRecord(start=start, **solver)
-
-    def _own(self, engine: Engine, tree: Tree) -> Tree:
-        """Return this rank's parts of whole tensors, on its device."""
-        parts = engine.layout.own(tree)
-        return {key: value.to(self.session.device) for key, value in parts.items()}
-
-
-def networks_of(players: Players) -> dict[str, nn.Module]:
-    """Return both networks by the names of their engines."""
-    return {"inference_net": players.inference_net, "energy": players.energy}
-
-
-def check_runtime(config: Config, runtime: Runtime) -> None:
-    """Refuse settings that the runtime cannot keep.
-
-    Raises:
-        ConfigError: float64 under DeepSpeed or with bf16 first-order steps; a compiled inner step
-            where an engine of its own takes the step.
-    """
-    if config.compile.inner and (runtime.name != "replicas" or runtime.low_precision):
-        raise ConfigError(
-            f"compile.inner: expected false under {runtime.name} with mixed_precision="
-            f"{runtime.precision}, got true; the step is the engine's there, and compile.curvature "
-            "works; or use configs/runtime/single.yaml or ddp.yaml without bf16"
-        )
-    if config.train.dtype == "float64" and (runtime.uses_deepspeed or runtime.low_precision):
-        raise ConfigError(
-            f"train.dtype: expected float32 under {runtime.name} with mixed_precision="
-            f"{runtime.precision}, got float64; DeepSpeed keeps its optimizer in float32 and bf16 "
-            "rounds more; use configs/runtime/ddp.yaml or fsdp2.yaml without bf16 for float64"
-        )
+        start = own(self.engines.inference_net, trees["solver_start"], device)
+        self.outer_step.record = solver_record(state["solver"], start)

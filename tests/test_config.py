@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import inspect
 import itertools
 import json
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import ispen_dist.config as config_module
+import ispen_dist.config as config_package
 from ispen_dist.command_line import (
     config_from_dict,
     config_to_dict,
@@ -169,7 +168,8 @@ def test_help_names_and_explains_every_setting(capsys, monkeypatch):
 
 def field_docs():
     """Yield the docstring below every field, read from the source."""
-    for node in ast.parse(inspect.getsource(config_module)).body:
+    sources = sorted(Path(config_package.__path__[0]).glob("*.py"))
+    for node in (n for path in sources for n in ast.parse(path.read_text("utf-8")).body):
         for field, doc in itertools.pairwise(node.body if isinstance(node, ast.ClassDef) else []):
             if isinstance(field, ast.AnnAssign):
                 assert isinstance(doc, ast.Expr), f"a field without docstring: {ast.unparse(field)}"

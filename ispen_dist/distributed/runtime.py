@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ispen_dist.config import ConfigError
+from ispen_dist.config import Config, ConfigError
 
 
 @dataclass(frozen=True)
@@ -91,3 +91,24 @@ def _zero_stage(environment: Mapping[str, str]) -> int:
             "configs/runtime/ddp.yaml"
         )
     return int(stage)
+
+
+def check_runtime(config: Config, runtime: Runtime) -> None:
+    """Refuse settings that the runtime cannot keep.
+
+    Raises:
+        ConfigError: float64 under DeepSpeed or with bf16 first-order steps; a compiled inner step
+            where an engine of its own takes the step.
+    """
+    if config.compile.inner and (runtime.name != "replicas" or runtime.low_precision):
+        raise ConfigError(
+            f"compile.inner: expected false under {runtime.name} with mixed_precision="
+            f"{runtime.precision}, got true; the step is the engine's there, and compile.curvature "
+            "works; or use configs/runtime/single.yaml or ddp.yaml without bf16"
+        )
+    if config.train.dtype == "float64" and (runtime.uses_deepspeed or runtime.low_precision):
+        raise ConfigError(
+            f"train.dtype: expected float32 under {runtime.name} with mixed_precision="
+            f"{runtime.precision}, got float64; DeepSpeed keeps its optimizer in float32 and bf16 "
+            "rounds more; use configs/runtime/ddp.yaml or fsdp2.yaml without bf16 for float64"
+        )

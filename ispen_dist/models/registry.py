@@ -1,7 +1,8 @@
 """The tables from a name in the configuration to a network or an energy.
 
 To add one: write the module in a file of its own, add a row here, and add the name to the
-`Literal` in `config.py`. A test fails until the row has a tiny problem in `tests/problems.py`.
+`Literal` in `config/networks.py`. A test fails until the row has a tiny problem in
+`tests/problems.py`.
 """
 
 from collections.abc import Callable

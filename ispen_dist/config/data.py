@@ -1,0 +1,91 @@
+"""Where the examples are, and how tokens become features."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ispen_dist.config.checks import ANY, check, check_ranges
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the examples are and how to read them."""
+
+    task: Literal["tagging", "multilabel"] = "tagging"
+    """Kind of structure: tag sequences or label sets."""
+    format: Literal["conll", "conllu", "arff", "svmlight", "npz"] = "conll"
+    """File format of all splits."""
+    root: str = ""
+    """Folder of relative paths. Empty: the environment variable ISPEN_DATA, else ../shared/data.
+    `package:NAME` is a data set embedded in the installed package."""
+    train: list[str] = field(default_factory=list)
+    """Training files, in order. With `split_file`, all files, whose rows are counted through."""
+    dev: str = ""
+    """Development file. Empty: from `split_file`, or held out of train by `dev_fraction`."""
+    test: str = ""
+    """Test file. Empty: from `split_file`, or none."""
+    extra: dict[str, str] = field(default_factory=dict)
+    """Further test sets by name, for evaluate.py --split NAME."""
+    split_file: str = ""
+    """JSON of zero-based row numbers under train, dev and test."""
+    dev_fraction: float = 0.2
+    """Share of train that becomes dev where neither a dev file nor a split file is given."""
+    dev_seed: int = 0
+    """Seed of that split."""
+    token_column: int = 0
+    """CoNLL: zero-based column of the token."""
+    tag_column: int = 1
+    """CoNLL: zero-based column of the tag."""
+    tag: Literal["upos", "xpos"] = "upos"
+    """CoNLL-U: which column is predicted."""
+    labels_xml: str = ""
+    """ARFF: Mulan XML file that names the labels."""
+    num_features: int = 0
+    """svmlight: number of features."""
+    num_labels: int = 0
+    """svmlight: number of labels."""
+    zero_based: bool = True
+    """svmlight: whether feature indices start at zero."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.train), "data.train", "at least one file", self.train, "name a file")
+        check_ranges(
+            "data", self, dev_fraction=(0.0, 0.9), token_column=(0, ANY), tag_column=(0, ANY)
+        )
+        if not self.dev and not self.split_file:
+            check(
+                self.dev_fraction > 0.0,
+                "data.dev_fraction",
+                "a number above 0 without data.dev and data.split_file",
+                self.dev_fraction,
+                "a dev set selects the model",
+            )
+        formats = {"tagging": ("conll", "conllu"), "multilabel": ("arff", "svmlight", "npz")}
+        check(
+            self.format in formats[self.task],
+            "data.format",
+            f"one of {', '.join(formats[self.task])} for data.task={self.task}",
+            self.format,
+            "change data.format or data.task",
+        )
+        if self.format == "arff":
+            check(
+                bool(self.labels_xml),
+                "data.labels_xml",
+                "the Mulan XML file of the ARFF labels",
+                "",
+            )
+        if self.format == "svmlight":
+            check_ranges("data", self, num_features=(1, ANY), num_labels=(1, ANY))
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """Hashed token features; tagging only."""
+
+    num_buckets: int = 16384
+    """Rows of the embedding table; bucket 0 is padding."""
+    max_affix: int = 4
+    """Longest prefix and suffix, in characters."""
+
+    def __post_init__(self) -> None:
+        check_ranges("features", self, num_buckets=(2, ANY), max_affix=(1, 16))

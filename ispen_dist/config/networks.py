@@ -1,0 +1,65 @@
+"""The networks: of theta, and of the energy."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ispen_dist.config.checks import ANY, check, check_ranges
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """A network from inputs to logits: the inference network, or the features of an energy."""
+
+    name: Literal["mlp", "bilstm", "transformer"] = "bilstm"
+    """Architecture."""
+    hidden_size: int = 128
+    """Width of hidden layers; per direction in a BiLSTM."""
+    num_layers: int = 1
+    """Hidden layers, LSTM layers or transformer blocks."""
+    activation: Literal["relu", "gelu", "softplus", "tanh"] = "relu"
+    """Hidden activation; mlp only."""
+    num_heads: int = 4
+    """Attention heads; transformer only."""
+    embedding_size: int = 64
+    """Width of token embeddings; taggers only."""
+    dropout: float = 0.0
+    """Dropout rate of hidden units."""
+    feature_dropout: float = 0.0
+    """Dropout rate of whole input features."""
+
+    def check(self, section: str) -> None:
+        """Check the settings; `section` is the name they have in messages."""
+        check_ranges(
+            section,
+            self,
+            hidden_size=(1, ANY),
+            num_layers=(1, ANY),
+            num_heads=(1, ANY),
+            embedding_size=(1, ANY),
+            dropout=(0.0, 0.99),
+            feature_dropout=(0.0, 0.99),
+        )
+        if self.name == "transformer":
+            check(
+                self.hidden_size % self.num_heads == 0,
+                f"{section}.num_heads",
+                f"a divisor of {section}.hidden_size={self.hidden_size}",
+                self.num_heads,
+            )
+
+
+@dataclass(frozen=True)
+class EnergyConfig:
+    """The energy network."""
+
+    name: Literal["label_interaction", "linear_chain"] = "linear_chain"
+    """Architecture."""
+    features: NetworkConfig = field(default_factory=NetworkConfig)
+    """Network of the local potentials."""
+    num_units: int = 16
+    """Interaction units (rows of M); label_interaction only."""
+    freeze_local: bool = False
+    """Keep the local potentials as pre-trained; only biases and interactions are learned."""
+
+    def __post_init__(self) -> None:
+        check_ranges("energy", self, num_units=(1, ANY))
