@@ -278,6 +278,22 @@ def test_a_product_repeats_nothing_costly_of_the_solve_point(curvature):
     assert not COSTLY & in_product.keys()
 
 
+def test_what_is_kept_of_gelu_are_its_value_two_derivatives_and_the_adjoint():
+    """Chosen once for tangent and product: erf(u) and exp(-u^2 / 2) would be one array more."""
+    graph = block_graph("hessian", dropout=0.0)
+    directions = {name for number in (TANGENT, PRODUCT) for name, _ in graph.inputs[number]}
+    own = {name for name, _ in graph.inputs[VALUE]}
+    kept = {
+        node.name: tuple(node.meta["val"].shape)
+        for number in (TANGENT, PRODUCT)
+        for node in graph.phases[number].module.graph.nodes
+        if node.op == "placeholder" and node.name not in directions | own
+    }
+    of_solve = set(graph.phases[VALUE].leaves) | set(graph.phases[GRADIENT].leaves)
+    hidden = [n for n, shape in kept.items() if n in of_solve and shape[-1] == 4 * 24]
+    assert len(hidden) == 4, {name: kept[name] for name in hidden}
+
+
 # -- what is shared ------------------------------------------------------------------------------
 
 
