@@ -81,7 +81,6 @@ def test_a_killed_rank_takes_the_others_with_it(running, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        pytest.param((), Exit.DONE, "summary.json", marks=pytest.mark.thorough),
         pytest.param(
             ("--data.dev=absent.npz",), Exit.CONFIGURATION, "absent.npz",
             marks=pytest.mark.thorough,
@@ -93,10 +92,16 @@ def test_a_killed_rank_takes_the_others_with_it(running, tmp_path):
         ),
     ],
 )  # fmt: skip
-def test_every_end_leaves_no_process(flags, code, words, launch, tmp_path):
+def test_an_error_of_all_ranks_leaves_no_process(flags, code, words, launch, tmp_path):
     job = launch(*flags)
-    assert job.code(180.0) == (0 if code == Exit.DONE else 1), job.text()
-    assert (tmp_path / "run" / "summary.json").exists() == (code == Exit.DONE)
-    if code != Exit.DONE:
-        assert f"exitcode  : {code.value}" in job.text(), job.text()
-        assert job.text().count(words) == 1, job.text()
+    assert job.code(180.0) == 1, job.text()
+    assert f"exitcode  : {code.value}" in job.text(), job.text()
+    assert job.text().count(words) == 1, job.text()
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.thorough
+def test_a_normal_end_leaves_no_process(launch, tmp_path):
+    job = launch()
+    assert job.code(180.0) == Exit.DONE, job.text()
+    assert (tmp_path / "run" / "summary.json").exists()
