@@ -133,9 +133,9 @@ def main(words: list[str] | None = None) -> int:
     versions = f"torch {torch.__version__} python {platform.python_version()}"
     command = shlex.join(["python", "tests/soak.py", *words])
     rows = [[*row, versions, commit(), command] for row in rows_of(arguments, folder)]
-    table = Table(*COLUMNS)
+    table = Table(*COLUMNS[:-1])
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*map(str, row[:-1]))
     Console(width=140).print(table)
     if arguments.output:
         is_new = not arguments.output.exists()
