@@ -58,12 +58,10 @@ def main() -> Exit:
     except CANNOT_WORK as error:
         report(session, error)
         leave(Exit.CONFIGURATION)
-    except (NotFinite, SolveFailed) as error:
+    except (NotFinite, SolveFailed, StorageFailed) as error:
         report(session, error)
-        leave(Exit.NOT_FINITE)
-    except StorageFailed as error:
-        report(session, error)
-        code = Exit.DISK  # All ranks are here: they decided together.
+        # All ranks are here: they decided together, from reduced values.
+        code = Exit.DISK if isinstance(error, StorageFailed) else Exit.NOT_FINITE
     except Exception:
         write_prefixed(traceback.format_exc())
         if not session.watchdog.is_late:

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import plants
+from launched import TRAIN
 from ranks import ENVIRONMENTS, free_port
 
 HERE = Path(__file__).parent
-TRAIN = HERE.parent / "launcher" / "train.py"
 CONTEXT = multiprocessing.get_context("forkserver")
 
 

@@ -33,6 +33,11 @@ def always_nan() -> None:
     _spoil_inner_loss(lambda: True)
 
 
+def nan_products() -> None:
+    """The products of the solver are NaN from the first solve."""
+    _spoil_products(_in_round(2))
+
+
 def _spoil_data(when) -> None:
     from ispen_dist.source import Source
 

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+from launched import processes_with, send
 from ranks import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
@@ -114,12 +116,12 @@ class Cluster:
         self.wait_for(lambda: not self._end_processes(), 20)
         shutil.rmtree(self.folder)
 
-    def _end_processes(self) -> list[int]:
+    def _end_processes(self) -> list[psutil.Process]:
         for daemon in self._daemons.values():
             daemon.poll()
         alive = self.processes()
-        for pid in alive:
-            send(signal.SIGKILL, pid)
+        for process in alive:
+            send(signal.SIGKILL, process)
         return alive
 
     def _start(self, program: str, *arguments: str, name: str = "") -> None:
@@ -135,25 +137,17 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """End all that runs on a node without a word, as when it loses power."""
-        tasks = self.processes(f"SLURMD_NODENAME={node}")
-        steps = {parent_of(pid) for pid in tasks}
-        steps = {pid for pid in steps if command_of(pid).startswith("slurmstepd")}
-        for pid in [self._daemons[node].pid, *steps, *tasks]:
-            send(signal.SIGKILL, pid)
+        tasks = self.processes(SLURMD_NODENAME=node)
+        steps = {parent_of(task) for task in tasks}
+        steps = {step for step in steps if step and command_of(step).startswith("slurmstepd")}
+        self._daemons[node].kill()
+        for process in [*steps, *tasks]:
+            send(signal.SIGKILL, process)
         self._daemons[node].wait()
 
-    def processes(self, variable: str = "") -> list[int]:
-        """Return the processes of the cluster that have a variable, `NAME=value`."""
-        wanted = {f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()}
-        wanted |= {variable.encode()} - {b""}
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if wanted <= set(path.read_bytes().split(b"\0")):
-                    found.append(int(path.parent.name))
-            except OSError:
-                continue  # it ended meanwhile
-        return found
+    def processes(self, **variables: str) -> list[psutil.Process]:
+        """Return the processes of the cluster that have variables of these values."""
+        return processes_with(SLURM_CONF=self.environment["SLURM_CONF"], **variables)
 
     def states(self) -> list[str]:
         """Return the state of every node."""
@@ -197,25 +191,17 @@ class Cluster:
         return "\n".join([self.run("squeue"), *ends])
 
 
-def send(number: signal.Signals, pid: int) -> None:
-    """Send a signal to a process that may have ended."""
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
-
-
-def command_of(pid: int) -> str:
+def command_of(process: psutil.Process) -> str:
     """Return the command line of a process, nothing if it has ended."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
+        return " ".join(process.cmdline())
+    except psutil.Error:
         return ""
 
 
-def parent_of(pid: int) -> int:
-    """Return the parent of a process, 0 if it has ended."""
+def parent_of(process: psutil.Process) -> psutil.Process | None:
+    """Return the parent of a process, None if it has ended."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
+        return process.parent()
+    except psutil.Error:
+        return None

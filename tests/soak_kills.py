@@ -4,13 +4,9 @@ import contextlib
 import json
 import os
 import random
-import runpy
 import shutil
 import signal
-import subprocess
-import sys
 import time
-import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,17 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from ranks import free_port
 from records import events_of, rows_of
+from soak_starts import NUM_RANKS, Start
 
 from ispen_dist.checkpoint import find_checkpoint, load_checkpoint
 from ispen_dist.command_line import load_config
 from ispen_dist.recording.metrics_file import read_metrics
 
-TRAIN = Path(__file__).parent.parent / "launcher" / "train.py"
-NUM_RANKS = 2
 _ROUNDS_PER_KILL = 8
-_LIMIT = 3600.0
 
 
 def write_problem(folder: Path, num_kills: int, seed: int) -> Path:
@@ -56,131 +49,6 @@ def write_problem(folder: Path, num_kills: int, seed: int) -> Path:
     path = folder / "soak.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
-
-
-# -- starting ----------------------------------------------------------------------------------
-
-
-class Elastic:
-    """Ranks under `accelerate launch`, whose elastic agent ends the others when one dies."""
-
-    def __init__(self, arguments: list[str], log: Path) -> None:
-        self._mark = uuid.uuid4().hex
-        command = [
-            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines",
-            "1", "--num_processes", str(NUM_RANKS), "--mixed_precision", "no",
-            "--dynamo_backend", "no", "--main_process_port", str(free_port()), str(TRAIN),
-            *arguments,
-        ]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "SOAK": self._mark}
-        with log.open("a") as file:
-            self._launcher = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-
-    def ranks(self) -> dict[int, int]:
-        """Return process ids by rank, as far as they have started."""
-        found = {}
-        for process, environment in _environments():
-            if f"SOAK={self._mark}" in environment and process != self._launcher.pid:
-                rank = [value for value in environment if value.startswith("RANK=")]
-                if rank:
-                    found[int(rank[0].removeprefix("RANK="))] = process
-        return found
-
-    def is_over(self) -> bool:
-        """Whether the launcher has ended."""
-        return self._launcher.poll() is not None
-
-    def code(self) -> int:
-        """Wait for the end and return the exit code."""
-        return self._launcher.wait(_LIMIT)
-
-    def num_left(self) -> int:
-        """Return how many processes of this start are alive."""
-        return sum(f"SOAK={self._mark}" in environment for _, environment in _environments())
-
-
-def _environments() -> list[tuple[int, list[str]]]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            found.append((int(path.parent.name), path.read_bytes().decode(errors="replace")))
-    return [(process, text.split("\0")) for process, text in found]
-
-
-class Forked:
-    """Ranks forked from this process, which has imported everything: a start takes no seconds.
-
-    Does what an elastic agent does: when one rank dies, it ends the others.
-    """
-
-    def __init__(self, arguments: list[str], log: Path) -> None:
-        port = str(free_port())
-        self._processes = {r: self._fork(r, port, arguments, log) for r in range(NUM_RANKS)}
-        self._codes: dict[int, int] = {}
-
-    def _fork(self, rank: int, port: str, arguments: list[str], log: Path) -> int:
-        process = os.fork()
-        if process:
-            return process
-        os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS),
-            "LOCAL_WORLD_SIZE": str(NUM_RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.argv = [str(TRAIN), *arguments]
-        code = 1
-        try:
-            runpy.run_path(str(TRAIN), run_name="__main__")
-        except SystemExit as end:
-            code = int(end.code or 0)
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-
-    def ranks(self) -> dict[int, int]:
-        """Return process ids by rank of those that run."""
-        self._look()
-        return {r: p for r, p in self._processes.items() if r not in self._codes}
-
-    def _look(self) -> None:
-        for rank, process in self._processes.items():
-            if rank not in self._codes:
-                ended, status = os.waitpid(process, os.WNOHANG)
-                if ended:
-                    self._codes[rank] = os.waitstatus_to_exitcode(status)
-
-    def is_over(self) -> bool:
-        """Whether all ranks have ended; one that failed takes the others with it."""
-        self._look()
-        if any(self._codes.values()):
-            self._end()
-        return len(self._codes) == NUM_RANKS
-
-    def _end(self) -> None:
-        begin = time.monotonic()
-        while living := self.ranks():
-            for process in living.values():
-                late = time.monotonic() - begin > 5.0
-                os.kill(process, signal.SIGKILL if late else signal.SIGTERM)
-            time.sleep(0.01)
-
-    def code(self) -> int:
-        """Wait for the end and return the exit code of a rank that failed, or 0."""
-        begin = time.monotonic()
-        while not self.is_over():
-            if time.monotonic() - begin > _LIMIT:
-                raise TimeoutError("expected the ranks to end")
-            time.sleep(0.005)
-        return next(filter(None, self._codes.values()), 0)
-
-    def num_left(self) -> int:
-        """Return how many ranks are alive."""
-        return len(self.ranks())
-
-
-Start = Elastic | Forked
 
 
 # -- killing -----------------------------------------------------------------------------------
@@ -242,20 +110,19 @@ def kill_once(
 
     victim = 0 if in_write else draw.randrange(NUM_RANKS)
     while not start.is_over():
-        if is_time() and (process := start.ranks().get(victim)):
+        if victim in start.ranks() and is_time():
             if in_write:
                 time.sleep(draw.uniform(0.0, 0.004))
                 if not saves(output) - left:
                     continue
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-                return True
+            start.send(signal.SIGKILL, victim)
+            return True
         time.sleep(0.0003 if published(output) >= 0 else 0.01)
     return False
 
 
 def soak(
-    start: Callable[[list[str], Path], Start],
+    start: type[Start],
     folder: Path,
     num_kills: int,
     seed: int,
@@ -264,25 +131,26 @@ def soak(
 ) -> Kills:
     """Kill a run until `num_kills` or the time is reached, let it end, and compare it."""
     config = write_problem(folder, num_kills, seed)
-    whole, killed, log = folder / "whole", folder / "killed", folder / "log.txt"
+    whole, killed = folder / "whole", folder / "killed"
 
-    def arguments(output: Path) -> list[str]:
-        return ["--config", str(config), "--output", str(output), "--resume", "auto"]
+    def started(output: Path) -> Start:
+        arguments = ["--config", str(config), "--output", str(output), "--resume", "auto"]
+        return start(folder / "logs", *arguments)
 
     draw, kills = random.Random(seed), Kills()
     begin = time.monotonic()
-    first = start(arguments(whole), log)
+    first = started(whole)
     startup = 0.0
     while not startup and not first.is_over():
         startup = time.monotonic() - begin if published(whole) >= 0 else 0.0
         time.sleep(0.01)
-    assert first.code() == 0, log.read_text()[-3000:]
+    assert first.code() == 0, first.text()
     report(f"undisturbed run: {time.monotonic() - begin:.0f} s, {startup:.1f} s to start")
     while kills.num < num_kills and time.monotonic() < until:
         left = saves(killed)
-        run = start(arguments(killed), log)
+        run = started(killed)
         if not kill_once(run, killed, draw, startup, left):
-            assert run.code() == 0, log.read_text()[-3000:]
+            assert run.code() == 0, run.text()
             report("the run was over before its kills were")
             break
         before = published(killed)
@@ -290,11 +158,9 @@ def soak(
         kills.num += 1
         kills.num_in_write += bool(saves(killed) - left)
         kills.steps.append(check_remains(killed, before))
-        assert run.num_left() == 0, "a process was left"
         report(f"kill {kills.num}: step {kills.steps[-1]}, {kills.num_in_write} inside a write")
-    last = start(arguments(killed), log)
-    assert last.code() == 0, log.read_text()[-3000:]
-    assert last.num_left() == 0, "a process was left"
+    last = started(killed)
+    assert last.code() == 0, last.text()
     compare(whole, killed)
     return kills
 

@@ -1,6 +1,7 @@
 """Compiled inner steps are the plain ones: figures, parameters and moments."""
 
 import dataclasses
+import math
 
 import problems
 import pytest
@@ -175,6 +176,33 @@ def test_filler_rows_change_nothing():
     rows = whole.steps(batches)
     assert_equal_figures(padded.steps([batch.padded(7, 6) for batch in batches]), rows)
     assert_equal_state(padded, whole)
+
+
+@pytest.mark.parametrize("whole_round", [True, False])
+def test_a_step_that_is_not_finite_is_left_out_and_counts(whole_round):
+    run, plain = Run("multilabel", "trace", whole_round=whole_round), Run("multilabel")
+    batches = batches_of("multilabel")
+    bad = [spoiled(batch) for batch in batches]
+    mixed = [spoiled(batch) if i == 1 else batch for i, batch in enumerate(batches)]
+    norms = [[row["gradient_norm"] for row in one.steps(mixed)] for one in (run, plain)]
+    assert [math.isfinite(norm) for norm in norms[0]] == [True, False, True, True]
+    assert [math.isfinite(norm) for norm in norms[1]] == [True, False, True, True]
+    assert_equal_state(run, plain)
+    before = [x.clone() for x in run.engine.state()]
+    assert not any(math.isfinite(row["gradient_norm"]) for row in run.steps(bad))
+    assert run.engine.num_taken == 2 * NUM_STEPS
+    after = run.engine.state()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    plain.steps(bad)
+    run.steps(batches)  # As far in the schedule as if all steps had been taken.
+    plain.steps(batches)
+    assert not any(torch.equal(a, b) for a, b in zip(before, run.engine.state(), strict=True))
+    assert_equal_state(run, plain)
+
+
+def spoiled(batch):
+    inputs = {name: x * torch.nan for name, x in batch.inputs.items()}
+    return dataclasses.replace(batch, inputs=inputs)
 
 
 def test_the_schedule_enters():

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
-from slurm_cluster import Cluster, command_of, send, why_not
+from launched import send
+from slurm_cluster import Cluster, command_of, why_not
 from slurm_jobs import NUM_ROUNDS, ROOT, slurm, write_config
 
 PATIENCE = 500.0
@@ -78,16 +80,16 @@ def test_the_time_limit_is_a_pause(cluster, config, tmp_path):
     cluster.wait_for(lambda: bool(steps(run)) or cluster.is_over(number), PATIENCE)
     assert not cluster.is_over(number), log_of(run)
     # A round that lasts until the signal is there; SLURM looks at time limits every 30 s.
-    ranks = [pid for pid in cluster.processes("LOCAL_WORLD_SIZE=2") if is_rank(pid)]
+    ranks = [one for one in cluster.processes(LOCAL_WORLD_SIZE="2") if is_rank(one)]
     assert len(ranks) == 4
-    for pid in ranks:
-        send(signal.SIGSTOP, pid)
+    for rank in ranks:
+        send(signal.SIGSTOP, rank)
     hours, minutes, _ = map(int, cluster.job(number)["RunTime"].split(":"))
     limit = f"TimeLimit={hours * 60 + minutes + 3}"
     cluster.run("scontrol", "update", f"JobId={number}", limit)
     cluster.wait_for(lambda: "time limit is near" in log_of(run), 70)
-    for pid in ranks:
-        send(signal.SIGCONT, pid)
+    for rank in ranks:
+        send(signal.SIGCONT, rank)
     cluster.wait_for(lambda: cluster.job(number)["JobState"] == "PENDING", 150)
     before = steps(run)
     assert 0 < len(before) < NUM_ROUNDS
@@ -100,8 +102,8 @@ def test_the_time_limit_is_a_pause(cluster, config, tmp_path):
     assert f"at round {len(before)}" in log_of(run)
 
 
-def is_rank(pid: int) -> bool:
-    return "launcher/train.py" in command_of(pid)
+def is_rank(process: psutil.Process) -> bool:
+    return "launcher/train.py" in command_of(process)
 
 
 def test_a_failed_node_is_replaced(cluster, config, tmp_path):

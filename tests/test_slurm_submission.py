@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from launched import LAUNCH
 from slurm_jobs import ROOT, loaded, slurm, write_config
 
 from ispen_dist.recording.snapshot import PARTS, save_code
@@ -84,6 +85,36 @@ def test_job_sbatch_is_bash():
     assert f"--signal=B:USR1@{re.search(r'(?m)^save_seconds=(.*)', text)[1]}\n" in text
 
 
+SRUN = """#!/bin/bash
+[[ "$*" == *accelerate* && -n "$FINISHES" ]] && sleep 0.1 && echo {} > "$FINISHES/summary.json"
+exit 0
+"""
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_a_job_is_done_by_a_summary_of_its_own(finishes, tmp_path):
+    """SLURM's srun returns 0 when it lost its tasks; the folder has an earlier job's summary."""
+    run, programs = tmp_path / "run", tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho localhost\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    run.mkdir()
+    (run / "summary.json").write_text("{}")
+    os.utime(run / "summary.json", (time.time() - 60.0,) * 2)
+    job = (ROOT / "launcher" / "job.sbatch").read_text()
+    environment = os.environ | {
+        "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_NNODES": "1", "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NODELIST": "localhost", "FINISHES": str(run) if finishes else "",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", re.sub(r"(?m)^run=.*", f"run={run}", job)],
+        env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode == 0) == finishes, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith(": done" if finishes else ": failed; see above")
+
+
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
@@ -107,11 +138,7 @@ def test_the_launcher_hands_usr1_on_and_waits_as_long_as_told(tmp_path):
     exports = dict(re.findall(r"(?m)^export (PET_SIGNALS_TO_HANDLE|TORCH_ELASTIC\w+)=(.*)", text))
     assert exports.pop("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") == "$save_seconds"
     launcher = subprocess.Popen(
-        [
-            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
-            "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-            "--main_process_port", "0", script, tmp_path,
-        ],
+        [*LAUNCH, "--num_processes", "2", script, tmp_path],
         env=os.environ | exports | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

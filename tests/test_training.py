@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from labels import labels  # noqa: F401
 from records import rows_of
 from safetensors.torch import load_file
 
@@ -241,23 +242,10 @@ def test_a_damaged_model_is_refused_by_name(finished, tmp_path):
         Predictor.from_pretrained(tmp_path / "nothing")
 
 
-def test_label_sets_train_and_predict_in_their_own_format(tmp_path):
-    draw = np.random.default_rng(0)
-    features = draw.normal(size=(40, 6)).astype(np.float32)
-    targets = (features[:, :3] + 0.3 * draw.normal(size=(40, 3)) > 0).astype(np.uint8)
-    np.savez(tmp_path / "all.npz", features=features, targets=targets)
-    np.savez(tmp_path / "new.npz", features=features[:4])
-    network = {"name": "mlp", "hidden_size": 5}
-    settings = SETTINGS | {
-        "data": {
-            "task": "multilabel", "format": "npz", "root": str(tmp_path), "train": ["all.npz"],
-        },
-        "inference_net": network,
-        "energy": {"name": "label_interaction", "features": network},
-    }  # fmt: skip
-    config = tmp_path / "labels.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    train(config, tmp_path / "run", "--solver.curvature=gauss_newton", "--outer.objective=dvn")
+def test_label_sets_train_and_predict_in_their_own_format(labels, tmp_path):  # noqa: F811
+    features = np.load(labels.parent / "all.npz")["features"][:4]
+    np.savez(tmp_path / "new.npz", features=features)
+    train(labels, tmp_path / "run", "--solver.curvature=gauss_newton")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {"example_f1_at_0.5", "example_f1_tuned", "threshold"} == summary["dev"].keys()
     assert summary["test"] == {}
@@ -268,4 +256,4 @@ def test_label_sets_train_and_predict_in_their_own_format(tmp_path):
     written = np.load(tmp_path / "out.npz", allow_pickle=False)
     expected = written["probabilities"] > summary["dev"]["threshold"]
     assert np.array_equal(written["targets"].astype(bool), expected)
-    assert np.array_equal(written["features"], features[:4])
+    assert np.array_equal(written["features"], features)

@@ -1,8 +1,8 @@
 """DeepSpeed's compiled operators: a folder of their own, and locks that killed compilers left.
 
 A process that compiles holds `NAME/lock` open until it is done. One that is killed meanwhile leaves
-the file, and every later start waits for it without a word. Linux tells who has a file open, so a
-lock that nobody has is removed, however young it is.
+the file, and every later start waits for it without a word. The system tells who has a file open,
+so a lock that nobody has is removed, however young it is.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 from ispen_dist.config import ConfigError
@@ -23,7 +24,6 @@ STALE_SECONDS = 600.0
 """Age at which a lock is taken for left behind where it cannot be seen who holds it; compiling
 takes under a minute."""
 _PAUSE_SECONDS = 0.5
-_PROCESSES = Path("/proc")
 
 
 def check_extensions(now: float | None = None) -> None:
@@ -75,26 +75,18 @@ def _is_held(lock: Path) -> bool:
 
     The second is a build that outlives the process that began it.
     """
-    places = {str(lock.resolve()), str(lock.parent.resolve())}
-    for process in _PROCESSES.glob("[0-9]*"):
+    file, folder = str(lock.resolve()), str(lock.parent.resolve())
+    for process in psutil.process_iter():
         # Processes end while one looks, and those of other users are closed.
-        with contextlib.suppress(OSError):
-            links = [process / "cwd", *(process / "fd").iterdir()]
-            if any(_target(link) in places for link in links):
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == folder or file in (f.path for f in process.open_files()):
                 return True
     return False
 
 
-def _target(link: Path) -> str:
-    try:
-        return os.readlink(link)
-    except OSError:
-        return ""
-
-
 def _clear(lock: Path, own: bool, now: float) -> None:
     age = now - lock.stat().st_mtime
-    if own and _PROCESSES.is_dir():
+    if own:
         lock.unlink(missing_ok=True)
         print(
             f"{lock}: removed, left {age:.0f} s ago by a process that was killed while it compiled",
