@@ -253,7 +253,7 @@ TAGGING = {
         "inference_net.name: expected one of bilstm, transformer",
     ),
     "energy of another task": (
-        {"energy": {"name": "label_interaction"}}, "energy.name: expected linear_chain",
+        {"energy": {"name": "label_interaction"}}, "energy.name: expected one of linear_chain, ",
     ),
     "nce without a task cost": (
         {"outer": {"objective": "nce"}}, "outer.task_weight: expected a number above 0",
