@@ -88,9 +88,9 @@ def tag_language_model(energy, y):
 LOOPS = {f.__name__: f for f in (linear_chain, skip_chain, high_order, tag_language_model)}
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("num_tokens", [1, 2, NUM_TOKENS])
 @EVERY
+@pytest.mark.parametrize("num_tokens", [1, 2, NUM_TOKENS])
+@torch.no_grad()
 def test_an_energy_is_its_formula_at_every_sample(name, num_tokens):
     energy, y = energy_of(name), relaxed(NUM_SAMPLES, 2, num_tokens)
     b = torch.randn(2, num_tokens, NUM_TAGS, generator=torch.Generator().manual_seed(3))
@@ -178,7 +178,9 @@ def test_the_picture_of_an_interaction_is_read_off_the_energy(name):
         assert matrix.shape == (NUM_TAGS, NUM_TAGS)
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize(
+    "curvature", ["hessian", pytest.param("gauss_newton", marks=pytest.mark.thorough)]
+)
 @EVERY
 def test_curvature_by_stages_and_compiled_equals_the_whole_graph(name, curvature):
     """Through a transformer of one block: the stages are others' business, see test_graphs."""
