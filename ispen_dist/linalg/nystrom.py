@@ -30,7 +30,9 @@ class Nystrom:
     """See the top of the file. Holds 2 k vectors.
 
     H_k + shift I is positive definite where H is positive semidefinite. Of an indefinite H it may
-    fail to be, also where H + shift I is: this is reported as negative curvature.
+    fail to be, also where H + shift I is: this is reported as negative curvature. Where b has a
+    share in a direction that H_k misses, with an eigenvalue h, q is (h + shift) / shift times too
+    long there: a residual above 1 says that h is above the shift, and that the rank is too low.
 
     Attributes:
         max_steps: the rank k, one product each.
