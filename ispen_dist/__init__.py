@@ -3,7 +3,7 @@
 from ispen_dist.implicit import Hypergradient, hypergradient, unrolled_hypergradient
 from ispen_dist.linalg.operators import ComposedLoss
 from ispen_dist.linalg.solution import Solution, Status
-from ispen_dist.linalg.solvers import CG, Identity, Neumann
+from ispen_dist.linalg.solvers import CG, Identity, Neumann, Nystrom, PreconditionedCG, Sama
 
 __all__ = [
     "CG",
@@ -11,6 +11,9 @@ __all__ = [
     "Hypergradient",
     "Identity",
     "Neumann",
+    "Nystrom",
+    "PreconditionedCG",
+    "Sama",
     "Solution",
     "Status",
     "hypergradient",

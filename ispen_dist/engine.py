@@ -21,7 +21,7 @@ from ispen_dist.linalg.reduction import Reduction
 from ispen_dist.linalg.staged import StagedFunction
 from ispen_dist.linalg.trees import Tree, detached, scaled
 from ispen_dist.models.stages import Inputs, stages_at
-from ispen_dist.optim import CLIP_EPSILON, Phase
+from ispen_dist.optim import ADAM_EPSILON, BETA2, CLIP_EPSILON, Phase
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """State of AdamW beside its step, which is the number of steps taken in the phase."""
@@ -125,6 +125,20 @@ class Engine(ABC):
 
         Empty before the first step of a phase.
         """
+
+    def metric(self) -> Tree | None:
+        """Return own parts of AdamW's metric, `sqrt(v_hat) + eps`, by which it divides a step.
+
+        Of the phase's parameters, on the device of curvature; None before the first step.
+        """
+        second = self.moments().get("exp_avg_sq")
+        if second is None:
+            return None
+        correction = 1.0 - BETA2**self.num_taken
+        return {
+            name: (second[name].to(own) / correction).sqrt() + ADAM_EPSILON
+            for name, own in detached(self.parameters(second)).items()
+        }
 
     @abstractmethod
     def load_moments(self, moments: Mapping[str, Tree], num_taken: int) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ispen_dist.graphs.compiler import Compiler
 from ispen_dist.graphs.operators import CompiledOperator, compiled_outer_gradients
+from ispen_dist.linalg.conjugate_gradients import CG
 from ispen_dist.linalg.layout import Replicas
 from ispen_dist.linalg.operators import (
     CurvatureOperator,
@@ -31,7 +32,7 @@ from ispen_dist.linalg.operators import (
 )
 from ispen_dist.linalg.reduction import OneProcess, Reduction, own_share
 from ispen_dist.linalg.solution import Solution, Status
-from ispen_dist.linalg.solvers import CG, Solver
+from ispen_dist.linalg.solver import Solver
 from ispen_dist.linalg.staged_operators import StagedLoss, build_staged_operator
 from ispen_dist.linalg.trees import Tree, add_scaled, as_leaves
 from ispen_dist.linalg.vectors import Vectors

@@ -8,6 +8,9 @@ from ispen_dist.config import OptimizerConfig
 CLIP_EPSILON = 1e-6
 """Added to the norm in `clip_norm / (norm + epsilon)`, as torch and DeepSpeed do."""
 
+BETA2, ADAM_EPSILON = 0.999, 1e-8
+"""Decay of second moments, and what is added to their roots: torch's defaults, in all engines."""
+
 
 @dataclass(frozen=True)
 class Phase:

@@ -2,16 +2,17 @@
 
 import contextlib
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
 from ispen_dist.config import Config, ConfigError, SolverConfig
 from ispen_dist.data.batch import Batch
-from ispen_dist.engine import Engines
+from ispen_dist.engine import Engine, Engines
 from ispen_dist.graphs.compiler import Compiler
 from ispen_dist.graphs.operators import CompiledOperator, compiled_outer_gradients
 from ispen_dist.implicit import (
@@ -29,12 +30,13 @@ from ispen_dist.linalg.operators import (
     symmetry_defect,
 )
 from ispen_dist.linalg.reduction import agreed
-from ispen_dist.linalg.solvers import CG, Identity, Neumann, SingleReductionCG, Solver
+from ispen_dist.linalg.solver import Solver
+from ispen_dist.linalg.solvers import SOLVERS
 from ispen_dist.linalg.staged_operators import build_staged_operator
 from ispen_dist.linalg.trees import Tree
 from ispen_dist.losses import Losses
 from ispen_dist.players import Players
-from ispen_dist.seeding import seed_step, step_generator
+from ispen_dist.seeding import derived_seed, seed_step, step_generator
 
 PROBE_EXAMPLES = 4
 """Examples per rank on which a product is compared with float64."""
@@ -89,15 +91,28 @@ class SolverRecord:
         }
 
 
-def build_solver(config: SolverConfig) -> Solver:
-    """Build the solver that the configuration names."""
-    if config.name == "neumann":
-        return Neumann(config.max_steps, config.scale, config.rtol)
-    if config.name == "identity":
-        return Identity(config.scale)
-    if config.name == "cg_single_reduction":
-        return SingleReductionCG(config.max_steps, config.rtol)
-    return CG(config.max_steps, config.rtol)
+def build_solver(config: SolverConfig, engine: Engine, seed: int) -> Solver:
+    """Build the solver that the configuration names.
+
+    Args:
+        config: fills the fields of the solver by their names.
+        engine: of the inference network; gives the metric of its optimizer.
+        seed: of random directions.
+    """
+    solver: Any = SOLVERS[config.name]
+    names = {f.name for f in fields(solver)}
+    settings = {name: getattr(config, name) for name in names - {"metric", "seed"}}
+    if "seed" in names:
+        settings["seed"] = seed
+    if "metric" in names:
+        settings["metric"] = engine.metric()
+        if settings["metric"] is None:
+            warnings.warn(
+                f"solver.name={config.name}: expected second moments of the inner optimizer, found "
+                "none before its first step; the metric is the identity in this solve",
+                stacklevel=2,
+            )
+    return solver(**settings)
 
 
 @contextlib.contextmanager
@@ -217,7 +232,12 @@ class OuterStep:
         """
         seed = self._config.train.seed
         layout = self.engines.inference_net.layout
-        u, v = (random_parts(self._losses.theta(), layout, seed + i) for i in range(2))
+        u, v = (
+            trees.random_like(
+                self._losses.theta(), torch.Generator().manual_seed(layout.draw_seed(seed + i))
+            )
+            for i in range(2)
+        )
         # First, since it names the stage whose layers cannot be differentiated twice.
         error = self._precision_error(inner_batch, v, layout)
         seed_step(seed, "probe", step, self.rank)
@@ -259,8 +279,11 @@ class OuterStep:
     def _hypergradient(self, inner_batch: Batch, outer_batch: Batch, step: int) -> Hypergradient:
         config, losses = self._config.solver, self._losses
         generator = self._generator(outer_batch, step)
+        engine = self.engines.inference_net
+        own_seed = engine.layout.draw_seed(self._config.train.seed)
+        seed = derived_seed(own_seed, "directions", step)
         settings: dict[str, Any] = {
-            "solver": build_solver(config),
+            "solver": build_solver(config, engine, seed),
             "damping": self.record.damping,
             "curvature": config.curvature,
             "start": self.record.start if config.warm_start else None,
@@ -322,12 +345,3 @@ def keeps_graph(config: Config, engines: Engines) -> bool:
             "got graph, which needs all of them on every rank"
         )
     return memory == "graph" or (memory == "auto" and replicated)
-
-
-def random_parts(like: Tree, layout: Layout, seed: int) -> Tree:
-    """Return own parts of a random direction, from a generator on the CPU."""
-    generator = torch.Generator().manual_seed(layout.draw_seed(seed))
-    return {
-        key: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-        for key, x in like.items()
-    }

@@ -9,13 +9,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ispen_dist.config import Config
+from ispen_dist.config import Config, SolverConfig
 from ispen_dist.data.loading import Splits
 from ispen_dist.distributed.runtime import Runtime
 from ispen_dist.models.stages import StagedNetwork, parts_of
 from ispen_dist.players import build_players
 
-_SOLVER_VECTORS = {"cg": 5, "cg_single_reduction": 6, "neumann": 4, "identity": 2}
+_SOLVER_VECTORS = {
+    "cg": 5,
+    "cg_single_reduction": 6,
+    "pcg": 8,  # z, the metric, and the metric with the damping
+    "neumann": 4,
+    "nystrom": 3,  # and two for every product
+    "identity": 2,
+    "sama": 3,  # the metric
+}
 """Trees like theta that a solve holds at once, the warm start among them."""
 
 _SHARDED = {
@@ -99,7 +107,7 @@ def cost_of(config: Config, sizes: Sizes, num_ranks: int, runtime: Runtime) -> C
     both = sizes.theta + sizes.energy
     solver = config.solver
     implicit = config.train.method == "implicit"
-    vectors = _SOLVER_VECTORS[solver.name] * sizes.theta if implicit else 0
+    vectors = _solver_vectors(solver) * sizes.theta if implicit else 0
     if runtime.shards_parameters:
         gathers, scatters = _passes(config)
         product = (gathers + scatters) * sizes.theta * ring
@@ -111,7 +119,7 @@ def cost_of(config: Config, sizes: Sizes, num_ranks: int, runtime: Runtime) -> C
         product = inner_step = 2 * sizes.theta * ring
         around = 2 * (2 * sizes.theta + 2 * sizes.phi) * ring
         held = 0
-    products = solver.max_steps + (1 if solver.warm_start else 0) if implicit else 0
+    products = _num_products(solver) if implicit else 0
     learns = config.train.method != "mle"
     return Cost(
         resting=item * both * (parameters + gradients + 2 * optimizer),
@@ -121,6 +129,18 @@ def cost_of(config: Config, sizes: Sizes, num_ranks: int, runtime: Runtime) -> C
         product=item * product if implicit else 0,
         outer_step=item * (products * product + around) if learns else 0,
     )
+
+
+def _solver_vectors(solver: SolverConfig) -> int:
+    directions = 2 * solver.max_steps if solver.name == "nystrom" else 0
+    return _SOLVER_VECTORS[solver.name] + directions
+
+
+def _num_products(solver: SolverConfig) -> int:
+    """Return the limit on products of a solve, with the one of a warm start or of a check."""
+    if solver.name in ("identity", "sama"):
+        return 0
+    return solver.max_steps + (1 if solver.warm_start or solver.name == "nystrom" else 0)
 
 
 def _passes(config: Config) -> tuple[int, int]:
@@ -146,7 +166,7 @@ def describe(config: Config, splits: Splits, num_ranks: int, runtime: Runtime) -
     rounds = train.warmup_rounds + train.max_outer_steps
     inner_steps = rounds * config.inner.steps
     epochs = inner_steps * config.inner.batch_size / len(splits.train)
-    products = train.max_outer_steps * (config.solver.max_steps + 1)
+    products = train.max_outer_steps * _num_products(config.solver)
     test = len(splits.test) if splits.test is not None else 0
     first_order = "bfloat16" if runtime.low_precision else train.dtype
     lines = [

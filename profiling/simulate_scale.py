@@ -37,9 +37,10 @@ from torch.utils.flop_counter import flop_registry
 from ispen_dist import CG
 from ispen_dist.distributed import shards
 from ispen_dist.distributed.shards import Cut, Shards
+from ispen_dist.linalg.conjugate_gradients import SingleReductionCG
 from ispen_dist.linalg.layout import Layout, Replicas
 from ispen_dist.linalg.reduction import OneProcess
-from ispen_dist.linalg.solvers import SingleReductionCG, Solver
+from ispen_dist.linalg.solver import Solver
 from ispen_dist.linalg.staged import StagedFunction
 from ispen_dist.linalg.staged_operators import StagedLoss, build_staged_operator
 from ispen_dist.linalg.trees import Tree, num_elements

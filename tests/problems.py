@@ -115,7 +115,9 @@ def tagging_codec() -> TaggingCodec:
     return TaggingCodec(("D", "N", "V"), HashedTokenFeatures(num_buckets=13, max_affix=1))
 
 
-def tagging_config(network: str = "bilstm", **outer: object) -> Config:
+def tagging_config(
+    network: str = "bilstm", energy: str = "linear_chain", **outer: object
+) -> Config:
     net = NetworkConfig(
         name=network,
         embedding_size=2,
@@ -126,7 +128,12 @@ def tagging_config(network: str = "bilstm", **outer: object) -> Config:
         data=DataConfig(train=["x.conll"]),
         features=FeatureConfig(num_buckets=13, max_affix=1),
         inference_net=net,
-        energy=EnergyConfig(features=net),
+        energy=EnergyConfig(
+            name=energy,  # type: ignore[arg-type]
+            features=net,
+            num_units=3,
+            num_layers=2,
+        ),
         inner=InnerConfig(energy_weight=0.3),
         outer=OuterConfig(**{"objective": "task", "num_samples": 3, **outer}),  # type: ignore[arg-type]
         train=TrainConfig(dtype="float64", method="explicit", seed=1),
@@ -194,3 +201,4 @@ def random_batch(task: str, size: int, seed: int) -> Batch:
 
 
 TASKS = ("multilabel", "bilstm", "transformer")
+TAGGING_ENERGIES = ("linear_chain", "skip_chain", "high_order", "tag_language_model")

@@ -203,7 +203,7 @@ TAGGING = {
     "fraction for a count": ({"inner": {"steps": 1.5}}, "inner.steps: expected int, got 1.5"),
     "unknown choice": (
         {"solver": {"name": "gmres"}},
-        "solver.name: expected {cg,cg_single_reduction,neumann,identity}, got 'gmres'",
+        "solver.name: expected {cg,cg_single_reduction,pcg,neumann,nystrom,identity,sama}, got",
     ),
     "section that is empty": ({"inner": None}, "inner: expected a mapping of settings, got"),
     "nothing for a number": ({"inner": {"steps": None}}, "inner.steps: expected int, got nothing"),
@@ -253,13 +253,17 @@ TAGGING = {
         "inference_net.name: expected one of bilstm, transformer",
     ),
     "energy of another task": (
-        {"energy": {"name": "label_interaction"}}, "energy.name: expected linear_chain",
+        {"energy": {"name": "label_interaction"}}, "energy.name: expected one of linear_chain, ",
     ),
     "nce without a task cost": (
         {"outer": {"objective": "nce"}}, "outer.task_weight: expected a number above 0",
     ),
     "implicit without energy": (
         {"inner": {"energy_weight": 0.0}}, "inner.energy_weight: expected a number above 0",
+    ),
+    "nystrom without damping": (
+        {"solver": {"name": "nystrom", "damping": 0.0}},
+        "solver.damping: expected a number above 0 for solver.name=nystrom",
     ),
     "damping that cannot grow": (
         {"solver": {"on_failure": "damp", "damping": 0.0}},

@@ -101,12 +101,17 @@ def test_inner_loss_adds_the_weighted_energy():
     assert count == 2
 
 
-@pytest.mark.parametrize("task", problems.TASKS)
-def test_outer_training_lowers_the_energy_of_gold_below_corrupted(task):
+LEARNED = [(task, "linear_chain") for task in problems.TASKS]
+LEARNED += [("bilstm", energy) for energy in problems.TAGGING_ENERGIES if energy != "linear_chain"]
+
+
+@pytest.mark.parametrize(("task", "energy"), LEARNED)
+def test_outer_training_lowers_the_energy_of_gold_below_corrupted(task, energy):
     """The sign convention: an energy trained on gold data is lower at gold than at corrupted y."""
     batch = problems.random_batch(task, 8, 0)
-    config = problems.multilabel_config() if task == "multilabel" else problems.tagging_config(task)
-    codec = problems.multilabel_codec() if task == "multilabel" else problems.tagging_codec()
+    multilabel = task == "multilabel"
+    config = problems.multilabel_config() if multilabel else problems.tagging_config(task, energy)
+    codec = problems.multilabel_codec() if multilabel else problems.tagging_codec()
     players = build_players(config, codec, problems.CPU)
     optimizer = torch.optim.Adam(players.energy.parameters(), 0.05)
     logits = torch.zeros_like(players.inference_net(batch.inputs))
@@ -117,9 +122,9 @@ def test_outer_training_lowers_the_energy_of_gold_below_corrupted(task):
         (total / count).backward()
         optimizer.step()
     v = view_of(players, batch, logits, torch.Generator().manual_seed(99))
-    energy = v.energy(v.samples())
+    scores = v.energy(v.samples())
     differs = (v.samples()[1:] - v.y).flatten(2).abs().sum(-1) > 0
-    margin = (energy[1:] - energy[0])[differs]
+    margin = (scores[1:] - scores[0])[differs]
     assert margin.mean() > 0.5
     assert (margin > 0).double().mean() > 0.85
 

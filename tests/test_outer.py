@@ -9,12 +9,17 @@ import torch
 
 from ispen_dist.config import OptimizerConfig
 from ispen_dist.engine import clip_factor
+from ispen_dist.graphs.compiler import Compiler
+from ispen_dist.inner import inner_step
 from ispen_dist.linalg.operators import HessianOperator
+from ispen_dist.linalg.solvers import SOLVERS
 from ispen_dist.optim import Phase
 from ispen_dist.outer import OuterStep, SolveFailed, SolverRecord
 from ispen_dist.players import build_players, replicated
 
 pytestmark = pytest.mark.usefixtures("float64")
+
+TRACED = Compiler("trace")
 
 
 def outer_step(method="implicit", **solver):
@@ -141,3 +146,68 @@ def test_the_first_step_probes_the_curvature(monkeypatch):
     )
     with pytest.raises(SolveFailed, match="expected a symmetric Hessian"):
         outer(batch, batch, 0)
+
+
+ALL = pytest.mark.parametrize("solver_name", SOLVERS)
+
+
+def with_moments(outer):
+    """Take two steps of the inference network, which leave moments in its optimizer."""
+    outer.engines.inference_net.begin(phase("all", learning_rate=1e-2))
+    for seed in (3, 4):
+        batch = problems.random_batch("multilabel", 6, seed)
+        inner_step(outer.players, outer.engines, batch, 0.3)
+    return outer
+
+
+def solve_by(solver_name, memory="auto", compiler=None):
+    batches = [problems.random_batch("multilabel", 6, seed) for seed in (0, 9)]
+    settings = {"damping": 5.0, "scale": 50.0, "max_steps": 4, "warm_start": False}
+    outer = with_moments(outer_step(name=solver_name, memory=memory, **settings))
+    outer.compiler = compiler
+    return outer._hypergradient(*batches, 0)
+
+
+@ALL
+def test_every_solver_gives_one_hypergradient_by_every_way_to_a_product(solver_name):
+    """By the graph, by stages and compiled: where J q comes from differs among them."""
+    whole = solve_by(solver_name)
+    assert whole.status.usable
+    for other in (solve_by(solver_name, "states"), solve_by(solver_name, "auto", TRACED)):
+        torch.testing.assert_close(other.implicit, whole.implicit, rtol=1e-9, atol=1e-12)
+        assert other.num_steps == whole.num_steps
+    assert max(part.abs().max() for part in whole.implicit.values()) > 1e-6
+
+
+def test_the_metric_is_what_adam_divides_by():
+    """A parameter moves by rate * m_hat / metric, without decay and clipping."""
+    outer = with_moments(outer_step())
+    engine = outer.engines.inference_net
+    before = {n: p.detach().clone() for n, p in outer.players.theta.items()}
+    inner_step(outer.players, outer.engines, problems.random_batch("multilabel", 6, 5), 0.3)
+    first, metric = engine.moments()["exp_avg"], engine.metric()
+    assert list(metric) == list(before)
+    for name, value in before.items():
+        step = engine.learning_rate(2) * first[name] / (1.0 - 0.9**3) / metric[name]
+        torch.testing.assert_close(outer.players.theta[name].detach(), value - step)
+
+
+@pytest.mark.parametrize(("solver_name", "plain"), [("pcg", "cg"), ("sama", "identity")])
+def test_before_the_first_inner_step_a_metric_is_missed_aloud(solver_name, plain):
+    batch = problems.random_batch("multilabel", 6, 0)
+    expected = outer_step(name=plain, damping=5.0)._hypergradient(batch, batch, 0)
+    with pytest.warns(UserWarning, match=f"solver.name={solver_name}: expected second moments"):
+        found = outer_step(name=solver_name, damping=5.0)._hypergradient(batch, batch, 0)
+    for name, value in expected.value.items():
+        assert torch.equal(found.value[name], value), name
+
+
+def test_directions_are_drawn_anew_in_every_outer_step():
+    batch = problems.random_batch("multilabel", 6, 0)
+    outer = outer_step(name="nystrom", damping=5.0, max_steps=2)
+    first, again, other = (
+        problems.flatten(outer._hypergradient(batch, batch, step).solution.value)
+        for step in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert (first - other).norm() > 1e-6 * first.norm()

@@ -6,6 +6,7 @@ import problems
 import pytest
 
 from ispen_dist.distributed.runtime import Runtime
+from ispen_dist.linalg.solvers import SOLVERS
 from ispen_dist.plan import Sizes, cost_of
 
 SIZES = Sizes(theta=1000, energy=400, phi=40, stage=300)
@@ -43,3 +44,13 @@ def test_only_what_a_runtime_cuts_falls_with_the_number_of_ranks():
 def test_a_prefetched_stage_is_held_beside_the_present_one():
     assert cost(prefetch=True).gathered == 2 * cost(prefetch=False).gathered > 0
     assert cost("zero2").gathered == 0
+
+
+def test_every_solver_is_counted_with_its_products_and_vectors():
+    trees = {name: cost("replicas", name=name, max_steps=6).vectors / 4000 for name in SOLVERS}
+    assert trees["cg"] == 5
+    assert trees["nystrom"] == 3 + 2 * 6
+    sent = {name: cost(name=name, max_steps=6).outer_step for name in SOLVERS}
+    product = cost().product
+    assert sent["cg"] - sent["sama"] == pytest.approx(7 * product)
+    assert sent["pcg"] == sent["nystrom"] == sent["cg"]

@@ -83,6 +83,18 @@ def test_hypergradient_and_trajectory_are_those_of_one_process(
             assert error < 1e-6, f"{task} {player}: {error}"
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_metric_of_a_solver_lies_as_the_parameters_lie(runtime, tmp_path):
+    """By the solver that consists of nothing else, so that a wrong entry shows."""
+    expected = worker_ranks.reference_trajectory("multilabel", "sama")
+    for rank in results(tmp_path, runtime, 2, "sama"):
+        found = {k.removeprefix("sama/"): v for k, v in rank.items()}
+        for player in ("theta/", "phi/"):
+            error = relative_error(found, expected, player)
+            assert error < 1e-6, f"{player}: {error}"
+
+
 @pytest.mark.parametrize("runtime", ["zero1_bf16", "zero3_bf16", "fsdp2_bf16"])
 def test_bf16_engines_keep_float32_curvature(runtime, references, tmp_path):
     """Only first-order steps are rounded: their trajectory is near, the hypergradient exact."""

@@ -1,6 +1,9 @@
 """Every solver meets every operator; every way a solve can end is seen and named."""
 
+import functools
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import problems
 import pytest
@@ -8,49 +11,88 @@ import torch
 
 from ispen_dist.linalg.operators import build_operator
 from ispen_dist.linalg.solution import Status
-from ispen_dist.linalg.solvers import CG, SOLVERS, Identity, Neumann, SingleReductionCG
+from ispen_dist.linalg.solvers import (
+    CG,
+    SOLVERS,
+    Identity,
+    Neumann,
+    Nystrom,
+    PreconditionedCG,
+    Sama,
+    SingleReductionCG,
+)
 from ispen_dist.linalg.vectors import Vectors
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 TIGHT = {
-    "cg": lambda largest: CG(2000, 1e-13),
-    "cg_single_reduction": lambda largest: SingleReductionCG(2000, 1e-13),
-    "neumann": lambda largest: Neumann(20000, largest, rtol=1e-12),
-    "identity": lambda largest: Identity(largest),
+    "cg": lambda largest, metric: CG(2000, 1e-13),
+    "cg_single_reduction": lambda largest, metric: SingleReductionCG(2000, 1e-13),
+    "pcg": lambda largest, metric: PreconditionedCG(2000, 1e-13, metric),
+    "neumann": lambda largest, metric: Neumann(20000, largest, rtol=1e-12),
+    "nystrom": lambda largest, metric: Nystrom(problems.flatten(metric).numel(), 1e-9),
+    "identity": lambda largest, metric: Identity(largest),
+    "sama": lambda largest, metric: Sama(largest, metric),
 }
+"""By the largest eigenvalue of A, and a positive tree like the right-hand side."""
 
 
 def test_the_table_of_tight_solvers_is_complete():
     assert TIGHT.keys() == SOLVERS.keys()
 
 
-@pytest.mark.parametrize("task", ["multilabel", "bilstm"])
+MEETINGS = [
+    pytest.param(
+        solver_name,
+        task,
+        # As many inner products as the square of the number of parameters.
+        marks=[pytest.mark.thorough] if (solver_name, task) == ("nystrom", "bilstm") else [],
+    )
+    for solver_name in SOLVERS
+    for task in ("multilabel", "bilstm")
+]
+
+
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
-@pytest.mark.parametrize("solver_name", SOLVERS)
+@pytest.mark.parametrize(("solver_name", "task"), MEETINGS)
 def test_every_solver_meets_every_operator(solver_name, curvature, task):
-    batch = problems.random_batch(task, 5, 1)
-    problem = problems.build_problem(task, batch, batch)
-    operator = build_operator(curvature, problem.inner, problem.theta, problem.phi)
-    eye = torch.eye(problems.flatten(problem.theta).numel())
-    columns = [problems.flatten(operator.matvec(problems.unflatten(e, problem.theta))) for e in eye]
-    H = torch.stack(columns)
+    problem, operator, H = curvature_of(task, curvature)
     eigenvalues = torch.linalg.eigvalsh(H)
     damping = max(0.0, -eigenvalues[0].item()) + 0.05 * eigenvalues[-1].item()
     largest = eigenvalues[-1].item() + damping
     b = torch.randn(len(H), generator=torch.Generator().manual_seed(2))
     rhs = problems.unflatten(b, problem.theta)
-    solution = TIGHT[solver_name](largest).solve(operator.matvec, rhs, shift=damping)
+    metric = positive_like(rhs)
+    solution = TIGHT[solver_name](largest, metric).solve(operator.matvec, rhs, shift=damping)
     value = problems.flatten(solution.value)
-    if solver_name == "identity":
-        torch.testing.assert_close(value, b / largest, rtol=1e-15, atol=0.0)
+    if solver_name in ("identity", "sama"):
+        divisor = largest * (problems.flatten(metric) if solver_name == "sama" else 1.0)
+        torch.testing.assert_close(value, b / divisor, rtol=1e-14, atol=0.0)
         assert solution.status is Status.APPROXIMATE
         return
+    eye = torch.eye(len(H))
     exact = torch.linalg.solve(H + damping * eye, b)
     assert solution.status is Status.CONVERGED
     assert (value - exact).norm() / exact.norm() < 1e-9
     true_residual = (b - (H + damping * eye) @ value).norm() / b.norm()
     assert solution.residual == pytest.approx(true_residual.item(), abs=1e-12)
+
+
+@functools.cache
+def curvature_of(task, curvature):
+    """A tiny problem, its operator, and the same as a dense matrix."""
+    batch = problems.random_batch(task, 5, 1)
+    problem = problems.build_problem(task, batch, batch)
+    operator = build_operator(curvature, problem.inner, problem.theta, problem.phi)
+    eye = torch.eye(problems.flatten(problem.theta).numel())
+    columns = [problems.flatten(operator.matvec(problems.unflatten(e, problem.theta))) for e in eye]
+    return problem, operator, torch.stack(columns)
+
+
+def positive_like(tree, seed=5):
+    """Entries from 0.1 to 10, as the second moments of an optimizer spread."""
+    draw = torch.Generator().manual_seed(seed)
+    return {k: 10.0 ** (2.0 * torch.rand(v.shape, generator=draw) - 1.0) for k, v in tree.items()}
 
 
 def diagonal(*entries):
@@ -61,10 +103,31 @@ def diagonal(*entries):
 ONES = {"w": torch.ones(3, dtype=torch.float64)}
 
 
+METRIC = {"w": torch.tensor([1.0, 4.0, 0.2], dtype=torch.float64)}
+SHORT = {
+    "cg": CG(5),
+    "cg_single_reduction": SingleReductionCG(5),
+    "pcg": PreconditionedCG(5, metric=METRIC),
+    "neumann": Neumann(5),
+    "nystrom": Nystrom(2),
+    "identity": Identity(),
+    "sama": Sama(metric=METRIC),
+}
+"""A few steps on a vector of three."""
+
+
+def preconditioned(max_steps, rtol):
+    return PreconditionedCG(max_steps, rtol, METRIC)
+
+
+EVERY = pytest.mark.parametrize("solver", SHORT.values(), ids=list(SHORT))
+PREPARED = [SHORT[n] for n in SHORT if n not in ("identity", "sama")]
+
 CGS = pytest.mark.parametrize("cg", [CG, SingleReductionCG])
+THREE = pytest.mark.parametrize("cg", [CG, SingleReductionCG, preconditioned])
 
 
-@CGS
+@THREE
 def test_cg_stops_on_negative_curvature_with_the_last_good_iterate(cg):
     solution = cg(20, 1e-10).solve(diagonal(1.0, 2.0, -5.0), ONES)
     assert solution.status is Status.NEGATIVE_CURVATURE
@@ -93,15 +156,20 @@ def test_single_reduction_cg_takes_the_iterates_of_cg():
         assert pair[0].num_steps == pair[1].num_steps == num_steps
 
 
-def test_single_reduction_cg_asks_for_its_inner_products_once_per_step():
-    A, b = spectrum(10.0)
+def counting_vectors():
+    """Arithmetic of one process, and the number of inner products of every reduction."""
     calls = []
 
     def counted(products):
-        calls.append(len(products))
+        calls.append(products.numel())
         return products
 
-    vectors = Vectors(reduce=counted)
+    return Vectors(reduce=counted), calls
+
+
+def test_single_reduction_cg_asks_for_its_inner_products_once_per_step():
+    A, b = spectrum(10.0)
+    vectors, calls = counting_vectors()
     SingleReductionCG(6, 0.0).solve(lambda v: {"w": A @ v["w"]}, b, vectors=vectors)
     assert calls == [1] + [4] * 6
 
@@ -116,7 +184,7 @@ def test_cg_reports_the_true_residual_in_float32_and_ill_conditioned(cg):
     assert true < 1e-3
 
 
-@CGS
+@THREE
 def test_cg_reports_a_limit_that_came_too_early(cg):
     solution = cg(1, 1e-10).solve(diagonal(1.0, 2.0, 3.0), ONES)
     assert solution.status is Status.MAX_STEPS
@@ -127,17 +195,16 @@ def test_cg_reports_a_limit_that_came_too_early(cg):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize(
-    "solver", [CG(5), SingleReductionCG(5), Neumann(5), Identity()], ids=list(SOLVERS)
-)
+@EVERY
 def test_a_right_hand_side_that_is_not_finite_is_reported(solver, bad):
-    solution = solver.solve(diagonal(1.0, 1.0, 1.0), {"w": torch.tensor([1.0, bad, 1.0])})
+    rhs = {"w": torch.tensor([1.0, bad, 1.0])}
+    solution = solver.solve(diagonal(1.0, 1.0, 1.0), rhs, shift=0.1)
     assert solution.status is Status.NOT_FINITE
 
 
-@pytest.mark.parametrize("solver", [CG(5), SingleReductionCG(5), Neumann(5)])
+@pytest.mark.parametrize("solver", PREPARED)
 def test_a_product_that_is_not_finite_is_reported(solver):
-    solution = solver.solve(diagonal(1.0, math.nan, 1.0), ONES)
+    solution = solver.solve(diagonal(1.0, math.nan, 1.0), ONES, shift=0.1)
     assert solution.status is Status.NOT_FINITE
 
 
@@ -155,19 +222,17 @@ def test_neumann_is_the_truncated_series_of_the_paper():
     assert solution.num_steps == num_terms
 
 
-@pytest.mark.parametrize(
-    "solver", [CG(5), SingleReductionCG(5), Neumann(5), Identity()], ids=list(SOLVERS)
-)
+@EVERY
 def test_a_zero_right_hand_side_takes_no_product(solver):
     def forbidden(v):
         raise AssertionError("a product was taken")
 
-    solution = solver.solve(forbidden, {"w": torch.zeros(3)})
+    solution = solver.solve(forbidden, {"w": torch.zeros(3)}, shift=0.1)
     assert solution.status is Status.ZERO_RHS
     assert solution.num_steps == 0
 
 
-@CGS
+@THREE
 def test_a_start_worse_than_zero_is_dropped(cg):
     bad = {"w": torch.full((3,), 1e6)}
     cold = cg(2, 0.0).solve(diagonal(1.0, 2.0, 3.0), ONES)
@@ -181,7 +246,16 @@ def test_every_status_explains_itself():
 
 @pytest.mark.parametrize(
     "build",
-    [lambda: CG(0), lambda: CG(5, 1.5), lambda: Neumann(5, -1.0), lambda: Identity(math.nan)],
+    [
+        lambda: CG(0),
+        lambda: CG(5, 1.5),
+        lambda: PreconditionedCG(5, -0.1),
+        lambda: Neumann(5, -1.0),
+        lambda: Nystrom(0),
+        lambda: Nystrom(2).solve(diagonal(1.0, 2.0, 3.0), ONES),
+        lambda: Identity(math.nan),
+        lambda: Sama(0.0),
+    ],
 )
 def test_impossible_settings_are_refused(build):
     with pytest.raises(ValueError, match=r"expected a"):
@@ -198,20 +272,194 @@ def test_the_combination_makes_the_solution_of_what_was_multiplied(solver_name, 
         seen.append(v["w"].clone())
         return {"w": A @ v["w"]}
 
-    limits = {"cg": CG(6, 0.0), "cg_single_reduction": SingleReductionCG(6, 0.0)}
-    solver = limits.get(solver_name) or Neumann(6, 20.0)
-    if solver_name == "identity":
-        assert Identity().solve(matvec, b).combination == ()
+    solver = {
+        "cg": CG(6, 0.0),
+        "cg_single_reduction": SingleReductionCG(6, 0.0),
+        "pcg": PreconditionedCG(6, 0.0, positive_like(b)),
+        "neumann": Neumann(6, 20.0),
+        "nystrom": Nystrom(5),
+        "identity": Identity(),
+        "sama": Sama(1.0, positive_like(b)),
+    }[solver_name]
+    if solver_name in ("identity", "sama"):
+        assert solver.solve(matvec, b).combination == ()
         return
     exact = torch.linalg.solve(A + 0.5 * torch.eye(40), b["w"])
     start = None if warm is None else {"w": warm * exact}
     solution = solver.solve(matvec, b, shift=0.5, start=start)
-    assert len(solution.combination) == len(seen) == 6 + (warm is not None)
+    of_start = warm is not None and solver_name != "nystrom"
+    assert len(solution.combination) == len(seen) == 6 + of_start
     made = sum(c * v for c, v in zip(solution.combination, seen, strict=True))
     torch.testing.assert_close(made, solution.value["w"], rtol=1e-12, atol=1e-13)
 
 
-@CGS
+@THREE
 def test_the_combination_of_a_failed_solve_is_that_of_its_last_iterate(cg):
     solution = cg(20, 1e-10).solve(diagonal(1.0, 2.0, -5.0), ONES)
     assert solution.combination == (0.0,)
+
+
+# -- a diagonal as preconditioner ----------------------------------------------------------------
+
+
+def test_preconditioned_cg_takes_the_iterates_of_cg_in_other_coordinates():
+    """Of q = P^(-1/2) x, conjugate gradients on P^(-1/2) A P^(-1/2) x = P^(-1/2) b."""
+    A, b = spectrum(1e3)
+    shift, metric = 0.7, positive_like(b)
+    root = (metric["w"] + shift).sqrt()
+    A_shifted = A + shift * torch.eye(40)
+    for num_steps in (1, 2, 5, 12):
+        pcg = PreconditionedCG(num_steps, 0.0, metric)
+        q = pcg.solve(lambda v: {"w": A @ v["w"]}, b, shift=shift).value["w"]
+        inside = {"w": b["w"] / root}
+        x = CG(num_steps, 0.0).solve(lambda v: {"w": A_shifted @ (v["w"] / root) / root}, inside)
+        torch.testing.assert_close(q, x.value["w"] / root, rtol=1e-9, atol=1e-12)
+
+
+def test_the_right_diagonal_saves_steps_and_none_is_plain_cg():
+    scale = torch.logspace(0, 4, 40)
+    A, b = spectrum(3.0)
+    A = A * scale.sqrt() * scale.sqrt()[:, None]
+
+    def solve(solver):
+        return solver.solve(lambda v: {"w": A @ v["w"]}, b)
+
+    plain, without = solve(CG(400, 1e-8)), solve(PreconditionedCG(400, 1e-8))
+    assert torch.equal(plain.value["w"], without.value["w"])
+    assert plain.residuals == without.residuals
+    found = solve(PreconditionedCG(400, 1e-8, {"w": scale}))
+    assert found.status is Status.CONVERGED
+    assert found.num_steps < plain.num_steps / 3
+
+
+def test_preconditioned_cg_asks_for_its_inner_products_twice_per_step():
+    A, b = spectrum(10.0)
+    vectors, calls = counting_vectors()
+    PreconditionedCG(6, 0.0, positive_like(b)).solve(
+        lambda v: {"w": A @ v["w"]}, b, vectors=vectors
+    )
+    assert len(calls) == 2 + 2 * 6
+
+
+# -- a low-rank approximation --------------------------------------------------------------------
+
+
+def low_rank(*eigenvalues):
+    draw = torch.Generator().manual_seed(6)
+    Q, _ = torch.linalg.qr(torch.randn(40, len(eigenvalues), generator=draw))
+    return (Q * torch.tensor(eigenvalues)) @ Q.T, {"w": torch.randn(40, generator=draw)}
+
+
+def solve_low_rank(H, b, rank, shift=0.3, rtol=1e-6):
+    return Nystrom(rank, rtol).solve(lambda v: {"w": H @ v["w"]}, b, shift=shift)
+
+
+@pytest.mark.parametrize("rank", [3, 4, 7])
+def test_nystrom_is_exact_where_its_rank_reaches_that_of_the_curvature(rank):
+    H, b = low_rank(9.0, 2.0, 0.5)
+    solution = solve_low_rank(H, b, rank)
+    exact = torch.linalg.solve(H + 0.3 * torch.eye(40), b["w"])
+    assert solution.status is Status.CONVERGED
+    assert solution.num_steps == rank + 1
+    torch.testing.assert_close(solution.value["w"], exact, rtol=1e-9, atol=1e-10)
+
+
+def test_nystrom_of_a_lower_rank_is_the_formula_with_a_dense_inverse():
+    H, b = low_rank(9.0, 2.0, 0.5)
+    solution = solve_low_rank(H, b, 2)
+    draw = torch.Generator().manual_seed(0)
+    O = torch.stack([torch.randn(40, generator=draw) for _ in range(2)], 1)  # noqa: E741
+    H_k = H @ O @ torch.linalg.inv(O.T @ H @ O) @ O.T @ H
+    q = torch.linalg.solve(H_k + 0.3 * torch.eye(40), b["w"])
+    torch.testing.assert_close(solution.value["w"], q, rtol=1e-10, atol=1e-12)
+    assert solution.status is Status.MAX_STEPS
+    true = (b["w"] - H @ q - 0.3 * q).norm() / b["w"].norm()
+    assert solution.residual == pytest.approx(true.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize(("shift", "status"), [(0.3, "negative_curvature"), (2.5, "converged")])
+def test_nystrom_sees_a_damping_below_the_most_negative_eigenvalue(shift, status):
+    H, b = low_rank(9.0, -2.0, 0.5)
+    solution = solve_low_rank(H, b, 5, shift)
+    assert solution.status is Status(status)
+    assert solution.status.usable == (status == "converged")
+
+
+def test_nystrom_asks_for_its_inner_products_once():
+    A, b = spectrum(10.0)
+    vectors, calls = counting_vectors()
+    Nystrom(4).solve(lambda v: {"w": A @ v["w"]}, b, shift=0.3, vectors=vectors)
+    assert calls == [1, 10 + 10 + 4, 2]
+
+
+def test_nystrom_holds_in_float32():
+    """Also beyond the rank of the curvature: the small system is singular but for rounding."""
+    H, b = low_rank(9.0, 2.0, 0.5)
+    exact = torch.linalg.solve(H + 0.3 * torch.eye(40), b["w"])
+    for rank in (3, 6):
+        solution = solve_low_rank(H.float(), {"w": b["w"].float()}, rank, rtol=1e-4)
+        assert solution.status is Status.CONVERGED
+        assert (solution.value["w"].double() - exact).norm() / exact.norm() < 1e-4
+
+
+# -- shards --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver_name", SOLVERS)
+def test_every_solver_on_unequal_shards_gives_what_one_process_gives(solver_name):
+    """Ranks as threads that meet in every reduction; one of them holds nothing."""
+    A, b = spectrum(30.0)
+    sizes, metric = (27, 0, 13), positive_like(b)
+    ranks = Ranks(len(sizes))
+
+    def build(metric, seed):
+        if solver_name == "nystrom":
+            return Nystrom(40, 1e-8, seed)
+        return TIGHT[solver_name](31.0, metric)
+
+    def solve(rank):
+        def own(x):
+            return {"w": x.split(sizes)[rank]}
+
+        def matvec(v):
+            return own(A @ ranks.gathered(rank, v["w"]))
+
+        vectors = Vectors(reduce=lambda x: ranks.gathered(rank, x[None]).sum(0))
+        solver = build(own(metric["w"]), seed=rank)
+        return solver.solve(matvec, own(b["w"]), shift=0.5, vectors=vectors)
+
+    parts = ranks.run(solve)
+    whole = build(metric, seed=9).solve(lambda v: {"w": A @ v["w"]}, b, shift=0.5)
+    found = torch.cat([part.value["w"] for part in parts])
+    torch.testing.assert_close(found, whole.value["w"], rtol=1e-7, atol=1e-9)
+    assert {part.status for part in parts} == {whole.status}
+    assert len({(part.num_steps, part.combination) for part in parts}) == 1
+
+
+class Ranks:
+    """Ranks of one process."""
+
+    def __init__(self, num_ranks):
+        self._tensors = [None] * num_ranks
+        self._barrier = threading.Barrier(num_ranks, timeout=60)
+
+    def gathered(self, rank, tensor):
+        """Return the tensors of all ranks, one after another."""
+        self._tensors[rank] = tensor
+        self._barrier.wait()
+        result = torch.cat(self._tensors)
+        self._barrier.wait()
+        return result
+
+    def run(self, function):
+        """Return what a function of the rank returns on every rank."""
+
+        def run_one(rank):
+            try:
+                return function(rank)
+            except BaseException:
+                self._barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(len(self._tensors)) as pool:
+            return list(pool.map(run_one, range(len(self._tensors))))

@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ispen_dist import CG, hypergradient
-from ispen_dist.config import OptimizerConfig
+from ispen_dist.config import OptimizerConfig, SolverConfig
 from ispen_dist.data.batch import Batch
 from ispen_dist.engine import Engine, Engines
 from ispen_dist.inner import inner_step, pretrain_local_step
+from ispen_dist.linalg.solver import Solver
+from ispen_dist.linalg.solvers import Sama
 from ispen_dist.linalg.trees import Tree
 from ispen_dist.losses import Losses
 from ispen_dist.optim import Phase
@@ -49,13 +51,16 @@ def share(batch: Batch, rows: list[int]) -> Batch:
     return Batch(inputs, batch.target[chosen], weight, batch.index[chosen])
 
 
-def players_of(task: str, dtype: str, curvature: str = "hessian", memory: str = "auto") -> Players:
+def players_of(
+    task: str, dtype: str, curvature: str = "hessian", memory: str = "auto", solver_name: str = "cg"
+) -> Players:
     multilabel = task == "multilabel"
     outer = {"objective": "ssvm", "task_weight": 1.0}
     config = problems.multilabel_config(**outer)
     if not multilabel:
         config = problems.tagging_config(task, **outer)
-    solver = dataclasses.replace(config.solver, **SOLVER, curvature=curvature, memory=memory)
+    settings = {**SOLVER, "name": solver_name, "curvature": curvature, "memory": memory}
+    solver = dataclasses.replace(config.solver, **settings)
     # Wider than the tiny problems: a layer norm of two units is too ill-conditioned for float32.
     net = dataclasses.replace(config.inference_net, hidden_size=8, embedding_size=6, num_heads=2)
     config = dataclasses.replace(
@@ -110,9 +115,9 @@ def hypergradients(session, dtype: str) -> Tree:
     return result
 
 
-def trajectory(session, task: str) -> Tree:
+def trajectory(session, task: str, solver_name: str = "cg") -> Tree:
     """Return both networks after `NUM_STEPS` steps through the engines."""
-    players, engines = engines_of(session, players_of(task, "float32"))
+    players, engines = engines_of(session, players_of(task, "float32", solver_name=solver_name))
     rows = rows_of(session.rank, session.num_ranks)
     engines.inference_net.begin(Phase("inner", THETA, NUM_STEPS, frozenset({"all"})))
     engines.energy.begin(Phase("pretrain", LOCAL, NUM_PRETRAINING, frozenset({"local"})))
@@ -135,6 +140,8 @@ def trajectory(session, task: str) -> Tree:
 
 # -- the reference: one process, the whole batch, plain PyTorch ----------------------------------
 
+PLAIN_SOLVER = CG(SOLVER["max_steps"], SOLVER["rtol"])
+
 
 def reference_hypergradients(dtype: str) -> Tree:
     """Return what `hypergradients` should, from the graph of the whole gradient."""
@@ -149,7 +156,9 @@ def reference_hypergradients(dtype: str) -> Tree:
     return result
 
 
-def plain_solve(players, task, curvature, dtype, inner_seed, outer_seed, step):
+def plain_solve(
+    players, task, curvature, dtype, inner_seed, outer_seed, step, solver: Solver = PLAIN_SOLVER
+):
     losses = Losses(players, replicated(players))
     inner, outer = (
         batch_of(task, seed, list(range(NUM_EXAMPLES)), dtype) for seed in (inner_seed, outer_seed)
@@ -159,13 +168,13 @@ def plain_solve(players, task, curvature, dtype, inner_seed, outer_seed, step):
         losses.outer_graph(outer, torch.Generator().manual_seed(step)),
         losses.theta(),
         losses.phi(),
-        solver=CG(SOLVER["max_steps"], SOLVER["rtol"]),
+        solver=solver,
         damping=SOLVER["damping"],
         curvature=curvature,
     )
 
 
-def reference_trajectory(task: str) -> Tree:
+def reference_trajectory(task: str, solver_name: str = "cg") -> Tree:
     """Return both networks after the same steps by AdamW, clip_grad_norm_ and autograd."""
     players = players_of(task, "float32")
     theta = torch.optim.AdamW(players.theta.values(), weight_decay=THETA.weight_decay)
@@ -199,7 +208,14 @@ def reference_trajectory(task: str) -> Tree:
             likelihood(players.energy.feature_network(batch.inputs), batch).mean().backward()
             update(local, phases[1], i)
             continue
-        solve = plain_solve(players, task, "hessian", "float32", i, 100 + i, 0)
+        solver: Solver = PLAIN_SOLVER
+        if solver_name == "sama":
+            metric = {
+                name: (theta.state[p]["exp_avg_sq"] / (1.0 - 0.999 ** (i + 1))).sqrt() + 1e-8
+                for name, p in players.theta.items()
+            }
+            solver = Sama(SolverConfig().scale, metric)
+        solve = plain_solve(players, task, "hessian", "float32", i, 100 + i, 0, solver)
         for name, value in solve.value.items():
             players.phi[name].grad = value
         update(phi, phases[2], i - NUM_PRETRAINING)
@@ -220,6 +236,8 @@ def main() -> None:
     if "trajectory" in wanted:
         for task in TRAJECTORIES:
             result |= {f"{task}/{k}": v for k, v in trajectory(session, task).items()}
+    if "sama" in wanted:
+        result |= {f"sama/{k}": v for k, v in trajectory(session, "multilabel", "sama").items()}
     # A gradient may lie by columns (`constant_linear`); safetensors stores rows only.
     save_file(
         {name: value.contiguous() for name, value in result.items()},

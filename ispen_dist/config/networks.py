@@ -52,14 +52,30 @@ class NetworkConfig:
 class EnergyConfig:
     """The energy network."""
 
-    name: Literal["label_interaction", "linear_chain"] = "linear_chain"
+    name: Literal[
+        "label_interaction", "linear_chain", "skip_chain", "high_order", "tag_language_model"
+    ] = "linear_chain"
     """Architecture."""
     features: NetworkConfig = field(default_factory=NetworkConfig)
     """Network of the local potentials."""
     num_units: int = 16
-    """Interaction units (rows of M); label_interaction only."""
+    """Width of the interaction: rows of M in label_interaction, of the embeddings of tags in
+    high_order and tag_language_model."""
+    num_skips: int = 2
+    """Largest distance between two tags that are scored together; skip_chain only."""
+    order: int = 2
+    """Tags before the last one of a window; high_order only."""
+    num_layers: int = 4
+    """Dilated layers, which see 2 ** num_layers tags back; tag_language_model only."""
     freeze_local: bool = False
     """Keep the local potentials as pre-trained; only biases and interactions are learned."""
 
     def __post_init__(self) -> None:
-        check_ranges("energy", self, num_units=(1, ANY))
+        check_ranges(
+            "energy",
+            self,
+            num_units=(1, ANY),
+            num_skips=(1, ANY),
+            order=(1, ANY),
+            num_layers=(1, ANY),
+        )

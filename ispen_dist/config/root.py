@@ -10,6 +10,12 @@ from ispen_dist.config.problems import InnerConfig, OuterConfig
 from ispen_dist.config.solver import SolverConfig
 from ispen_dist.config.train import TrainConfig
 
+ENERGIES_OF = {
+    "tagging": ("linear_chain", "skip_chain", "high_order", "tag_language_model"),
+    "multilabel": ("label_interaction",),
+}
+"""The energies that fit a task."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -37,7 +43,7 @@ class Config:
     def __post_init__(self) -> None:
         tagging = self.data.task == "tagging"
         networks = ("bilstm", "transformer") if tagging else ("mlp",)
-        energy = "linear_chain" if tagging else "label_interaction"
+        energies = ENERGIES_OF[self.data.task]
         where = f"for data.task={self.data.task}"
         inner = self.compile.inner
         for setting, network in (
@@ -64,7 +70,12 @@ class Config:
                     network.name,
                     "use transformer, or set compile.inner=false and compile.curvature=false",
                 )
-        check(self.energy.name == energy, "energy.name", f"{energy} {where}", self.energy.name)
+        check(
+            self.energy.name in energies,
+            "energy.name",
+            f"one of {', '.join(energies)} {where}",
+            self.energy.name,
+        )
         if self.train.method == "implicit":
             check(
                 self.outer.objective not in ("cd", "nce") or self.outer.task_weight > 0.0,

@@ -10,14 +10,19 @@ from ispen_dist.config.checks import ANY, check, check_ranges
 class SolverConfig:
     """The inverse-Hessian-vector product."""
 
-    name: Literal["cg", "cg_single_reduction", "neumann", "identity"] = "cg"
-    """Solver; cg_single_reduction is cg with half the all-reduces, for many ranks."""
+    name: Literal["cg", "cg_single_reduction", "pcg", "neumann", "nystrom", "identity", "sama"] = (
+        "cg"
+    )
+    """Solver; cg_single_reduction is cg with half the all-reduces, for many ranks; pcg is cg
+    preconditioned by the second moments of the inner optimizer; nystrom inverts a low-rank
+    approximation; identity and sama, which divides by the inner optimizer's metric, take no
+    products."""
     max_steps: int = 10
-    """Products per solve."""
+    """Products per solve; of nystrom the rank, and one product more measures the residual."""
     rtol: float = 1e-3
-    """Relative residual at which a solve stops; cg and neumann."""
+    """Relative residual at which a solve stops, or of nystrom counts as converged."""
     scale: float = 10.0
-    """Divisor of the Neumann series or of the identity."""
+    """Divisor of neumann, identity and sama; there 1 / inner learning rate is a step of Adam."""
     curvature: Literal["hessian", "gauss_newton"] = "hessian"
     """Exact Hessian, or its Gauss-Newton part."""
     damping: float = 0.3
@@ -51,6 +56,14 @@ class SolverConfig:
             damping_factor=(1.001, ANY),
             max_repeats=(0, ANY),
         )
+        if self.name == "nystrom":
+            check(
+                self.damping > 0.0,
+                "solver.damping",
+                "a number above 0 for solver.name=nystrom",
+                self.damping,
+                "a low-rank approximation has no inverse without it",
+            )
         if self.on_failure == "damp":
             check(
                 self.damping > 0.0,

@@ -67,7 +67,7 @@ class Solution:
         status: how the solve ended.
         num_steps: products with `A` inside the iteration; the product that a warm start costs is
             not counted.
-        residual: `|b - A q| / |b|`, from the recursion of the solver; NaN where not measured.
+        residual: `|b - A q| / |b|`, from the recursion of the solver, or measured; else NaN.
         residuals: the relative residual before each step and at the end, for plots.
         combination: coefficients of `q` in the vectors that were multiplied, in order, with that
             of a start first; empty where the solver does not know them.

@@ -37,6 +37,19 @@ def scaled(x: Tree, scale: float | Tensor) -> Tree:
     return dict(zip(x, torch._foreach_mul(list(x.values()), scale), strict=True))
 
 
+def divided(x: Tree, y: Tree) -> Tree:
+    """Return the quotients `x / y` entry by entry as a new tree with the keys of `x`."""
+    return {key: value / y[key] for key, value in x.items()}
+
+
+def random_like(x: Tree, generator: torch.Generator) -> Tree:
+    """Return standard normal entries like `x` from a generator of the CPU, on any device alike."""
+    return {
+        key: torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        for key, value in x.items()
+    }
+
+
 def copied(x: Tree) -> Tree:
     """Return a tree of copies that lie in memory as `x` does."""
     return {key: value.detach().clone() for key, value in x.items()}

@@ -81,11 +81,38 @@ class LabelInteractionEnergy(EnergyNetwork):
         return (self.M.T * (self.v / 4.0)) @ self.M
 
 
-class LinearChainEnergy(EnergyNetwork):
-    """Tagging energy, `E = - (sum_t y_t . U b(x,t) + sum_t y_{t-1}^T W y_t)`.
+class TaggingEnergy(EnergyNetwork):
+    """A tagging energy, `E = - sum_t y_t . (b(x,t) + c) + global_energy(y)`.
 
-    Tu and Gimpel (2018); arXiv 2211.11649, Section 4. The first sum holds local potentials from a
-    tagging network of the energy's own, `W[i, j]` is the score of tag j after tag i.
+    `b` is a tagging network of the energy's own, `c` a bias per tag that stays trainable when `b`
+    is frozen. What a subclass adds sees y alone.
+
+    Args:
+        feature_network: `inputs -> b(x)` of shape (B, T, K).
+        num_tags: K.
+    """
+
+    def __init__(self, feature_network: nn.Module, num_tags: int) -> None:
+        super().__init__(feature_network)
+        self.label_bias = nn.Parameter(torch.zeros(num_tags))
+
+    @abstractmethod
+    def global_energy(self, y: Tensor) -> Tensor:
+        """Return the energy of the interaction, (B,) of y (B, T, K) or (S, B) of (S, B, T, K).
+
+        Padding needs no mask of its own: `y` is zero there, and must enter every term as a factor.
+        """
+
+    def score(self, potentials: Tensor, y: Tensor) -> Tensor:
+        """Return energies (B,) of y (B, T, K), or (S, B) of y (S, B, T, K)."""
+        local = potentials + self.label_bias
+        return self.global_energy(y) - (y * local).sum((-1, -2))
+
+
+class LinearChainEnergy(TaggingEnergy):
+    """Linear chain, `global_energy = - sum_t y_{t-1}^T W y_t`.
+
+    Tu and Gimpel (2018); arXiv 2211.11649, Section 4. `W[i, j]` is the score of tag j after tag i.
 
     Args:
         feature_network: `inputs -> potentials` of shape (B, T, K).
@@ -93,19 +120,12 @@ class LinearChainEnergy(EnergyNetwork):
     """
 
     def __init__(self, feature_network: nn.Module, num_tags: int) -> None:
-        super().__init__(feature_network)
-        self.label_bias = nn.Parameter(torch.zeros(num_tags))
+        super().__init__(feature_network, num_tags)
         self.W = nn.Parameter(torch.zeros(num_tags, num_tags))
 
-    def score(self, potentials: Tensor, y: Tensor) -> Tensor:
-        """Return energies (B,) of y (B, T, K), or (S, B) of y (S, B, T, K).
-
-        Padding needs no mask of its own: `y` is zero there and enters every term as a factor.
-        """
-        local = potentials + self.label_bias
-        unary = (y * local).sum((-1, -2))
-        pairwise = ((y[..., :-1, :] @ self.W) * y[..., 1:, :]).sum((-1, -2))
-        return -(unary + pairwise)
+    def global_energy(self, y: Tensor) -> Tensor:
+        """See `TaggingEnergy.global_energy`."""
+        return -((y[..., :-1, :] @ self.W) * y[..., 1:, :]).sum((-1, -2))
 
     def interaction(self) -> Tensor:
         """Return the transition scores W, (K, K): row the previous tag, column the next."""

@@ -13,8 +13,11 @@ from torch import nn
 from ispen_dist.config import EnergyConfig, NetworkConfig
 from ispen_dist.data.datasets import Codec, TaggingCodec
 from ispen_dist.models.energies import EnergyNetwork, LabelInteractionEnergy, LinearChainEnergy
+from ispen_dist.models.high_order import HighOrderEnergy
 from ispen_dist.models.mlp import MLP
 from ispen_dist.models.output_spaces import LabelSets, OutputSpace, TagSequences
+from ispen_dist.models.skip_chain import SkipChainEnergy
+from ispen_dist.models.tag_language_model import TagLanguageModelEnergy
 from ispen_dist.models.taggers import BiLSTMTagger, TransformerTagger
 
 
@@ -48,6 +51,22 @@ def _linear_chain(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
     return LinearChainEnergy(build_network(config.features, codec), codec.num_outputs)
 
 
+def _skip_chain(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
+    features = build_network(config.features, codec)
+    return SkipChainEnergy(features, codec.num_outputs, config.num_skips)
+
+
+def _high_order(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
+    features = build_network(config.features, codec)
+    return HighOrderEnergy(features, codec.num_outputs, config.order, config.num_units)
+
+
+def _tag_language_model(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
+    features = build_network(config.features, codec)
+    sizes = (config.num_units, config.num_layers)
+    return TagLanguageModelEnergy(features, codec.num_outputs, *sizes)
+
+
 NETWORKS: dict[str, Callable[[NetworkConfig, Codec], nn.Module]] = {
     "mlp": _mlp,
     "bilstm": _bilstm,
@@ -56,6 +75,9 @@ NETWORKS: dict[str, Callable[[NetworkConfig, Codec], nn.Module]] = {
 ENERGIES: dict[str, Callable[[EnergyConfig, Codec], EnergyNetwork]] = {
     "label_interaction": _label_interaction,
     "linear_chain": _linear_chain,
+    "skip_chain": _skip_chain,
+    "high_order": _high_order,
+    "tag_language_model": _tag_language_model,
 }
 
 
