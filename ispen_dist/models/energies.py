@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ispen_dist.models.chains import best_chain, chain_nll
+
 
 class EnergyNetwork(nn.Module, ABC):
     """The interface of an energy.
@@ -96,6 +98,14 @@ class LinearChainEnergy(EnergyNetwork):
         super().__init__(feature_network)
         self.label_bias = nn.Parameter(torch.zeros(num_tags))
         self.W = nn.Parameter(torch.zeros(num_tags, num_tags))
+
+    def gibbs_nll(self, potentials: Tensor, mask: Tensor, y: Tensor) -> Tensor:
+        """Return `-log p(y | x)` of gold y (B, T, K), p proportional to exp(-E): (B,)."""
+        return chain_nll(potentials + self.label_bias, self.W, mask, y)
+
+    def minimum(self, potentials: Tensor, mask: Tensor) -> Tensor:
+        """Return the discrete structure of lowest energy, one-hot (B, T, K)."""
+        return best_chain(potentials + self.label_bias, self.W, mask)
 
     def score(self, potentials: Tensor, y: Tensor) -> Tensor:
         """Return energies (B,) of y (B, T, K), or (S, B) of y (S, B, T, K).
