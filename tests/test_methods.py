@@ -308,9 +308,7 @@ def test_energy_first_learns_one_network_at_a_time(task_files, session):
 
 @pytest.mark.parametrize(("method", "stop"), [("seal_static_nce", 2), ("seal_static_nce", 4),
                                               ("dvn", 2), ("infnet", 3)])  # fmt: skip
-def test_a_run_goes_on_bit_for_bit_in_the_middle_of_every_order(
-    method, stop, task_files, session
-):
+def test_a_run_goes_on_bit_for_bit_in_the_middle_of_every_order(method, stop, task_files, session):
     whole = trainer_of(session, task_files["tags"], method)
     take_rounds(whole, stop)
     trees, state = copy.deepcopy((whole._trees(), whole._state()))
