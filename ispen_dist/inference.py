@@ -126,6 +126,7 @@ def descend(
         config: number and size of the steps.
         unrolled: keep the graph of the steps; otherwise the result is a constant.
     """
+    z = z.clone()  # The loss may read the same tensor, as potentials; its share is no step of z.
     velocity = torch.zeros_like(z)
     for _ in range(config.steps):
         z = z if unrolled and z.requires_grad else z.detach().requires_grad_()
