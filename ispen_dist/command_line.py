@@ -1,4 +1,4 @@
-"""Settings from a YAML file and the command line, checked against the sections of `config/`.
+"""Settings from YAML files and the command line, checked against the sections of `config/`.
 
 jsonargparse checks and converts values by the fields' types, docstring_parser reads the help out
 of their docstrings; this file adds the order of precedence and errors of one line.
@@ -32,7 +32,7 @@ class TrainCommand:
 
     Attributes:
         config: all settings.
-        name: of the configuration file, for the default run folder.
+        name: of the configuration files, for the default run folder.
         output: run folder, or None for a new one under runs/.
         resume: `auto`, `none`, or a checkpoint folder.
         print_config: print the settings and their cost, and exit.
@@ -52,13 +52,14 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     """
     try:
         known = _Flags().parse_args(argv)
-        path = Path(known.config)
-        config = _config_from(path, {n: text for n, text in vars(known).items() if n in _HINTS})
+        paths = [Path(path) for path in known.config]
+        config = _config_from(paths, {n: text for n, text in vars(known).items() if n in _HINTS})
     except ConfigError as error:
         print_error(error)
         raise SystemExit(Exit.CONFIGURATION) from None
     output = Path(known.output) if known.output else None
-    return TrainCommand(config, path.stem, output, known.resume, known.print_config)
+    name = "-".join(path.stem for path in paths)
+    return TrainCommand(config, name, output, known.resume, known.print_config)
 
 
 def print_error(error: ConfigError) -> None:
@@ -82,19 +83,20 @@ class _Flags(argparse.ArgumentParser):
     def __init__(self) -> None:
         super().__init__(
             prog="launcher/train.py",
-            usage="%(prog)s --config FILE [--output DIR] [--resume auto|none|PATH] "
-            "[--print-config]\n       [--SECTION.FIELD=VALUE ...]",
+            usage="%(prog)s --config FILE [--config FILE ...] [--output DIR] "
+            "[--resume auto|none|PATH]\n       [--print-config] [--SECTION.FIELD=VALUE ...]",
             description="Train an energy network and its inference network. Every setting below "
-            "stands in the YAML file and can be given as a flag, which wins.",
+            "stands in a YAML file and can be given as a flag, which wins.",
             epilog=f"Exit codes:\n{exits.table()}",
             formatter_class=_HelpFormatter,
             argument_default=argparse.SUPPRESS,
             allow_abbrev=False,
         )
         resume = "auto (default): from the newest intact checkpoint in DIR; none; or from PATH"
+        files = "YAML file of settings; of several, each wins over those before it"
         output = "run folder (default: runs/FILE-DATE-TIME)"
         show = "print all settings and their cost, and exit"
-        self.add_argument("--config", metavar="FILE", required=True, help="YAML file of settings")
+        self.add_argument("--config", metavar="FILE", action="append", required=True, help=files)
         self.add_argument("--output", metavar="DIR", default="", help=output)
         self.add_argument("--resume", metavar="auto|none|PATH", default="auto", help=resume)
         self.add_argument("--print-config", action="store_true", default=False, help=show)
@@ -120,17 +122,52 @@ class _Flags(argparse.ArgumentParser):
         raise ConfigError(f"--{name}: no such setting; the nearest is --{near}")
 
 
-def _config_from(path: Path, flags: Mapping[str, str]) -> Config:
-    """Build the settings from a file, then flags; an error starts with the one at fault."""
+def _config_from(paths: Sequence[Path], flags: Mapping[str, str]) -> Config:
+    """Build the settings from files, then flags; an error starts with the one at fault."""
+    files = {path: _read_file(path) for path in paths}
+    values: dict[str, Any] = {}
+    for own in files.values():
+        values = _merged(values, own)
+    for name, text in flags.items():
+        values = _replaced(values, name.split("."), _flag_value(_HINTS[name], text))
+    try:
+        return config_from_dict(values)
+    except ConfigError as error:
+        name = str(error).partition(":")[0]
+        if name in flags:
+            raise ConfigError(f"--{error}") from None
+        setting = [path for path, own in files.items() if _sets(own, name.split("."))]
+        at_fault = setting[-1:] or paths  # a default that does not fit them
+        raise ConfigError(f"{', '.join(map(str, at_fault))}: {error}") from None
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
     try:
         values = _parse_yaml(path)
         _check_names(values)
-        for name, text in flags.items():
-            values = _replaced(values, name.split("."), _flag_value(_HINTS[name], text))
-        return config_from_dict(values)
     except ConfigError as error:
-        by_flag = str(error).partition(":")[0] in flags
-        raise ConfigError(f"--{error}" if by_flag else f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {error}") from None
+    return values
+
+
+def _merged(values: Mapping[str, Any], over: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return values with others over them: sections are merged, settings are replaced."""
+    result = dict(values)
+    for key, value in over.items():
+        name = prefix + key
+        if dataclasses.is_dataclass(_HINTS[name]):
+            value = _merged(result.get(key, {}), value, f"{name}.")
+        result[key] = value
+    return result
+
+
+def _sets(values: Any, keys: Sequence[str]) -> bool:
+    """Whether nested values have a value of this name."""
+    for key in keys:
+        if not isinstance(values, Mapping) or key not in values:
+            return False
+        values = values[key]
+    return True
 
 
 def _flag_value(hint: Any, text: str) -> Any:
@@ -219,7 +256,12 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     siblings = {n.rpartition(".")[2]: n for n in known if n.rpartition(".")[0] == section}
     for names, cutoff in ((siblings, 0.6), (leaves, 0.8), (siblings if section else {}, 0.25)):
         if near := difflib.get_close_matches(key, names, 1, cutoff):
-            return names[near[0]]
+            alike = [n for n in known if n.rpartition(".")[2] == near[0]]
+            return names[near[0]] if names is siblings else _most_alike(name, alike)
+    return _most_alike(name, known)
+
+
+def _most_alike(name: str, known: Sequence[str]) -> str:
     return difflib.get_close_matches(name, known, 1, 0.0)[0]
 
 
@@ -262,10 +304,10 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=100)
 
 
-def load_config(path: str | Path) -> Config:
-    """Read settings from a YAML file.
+def load_config(*paths: str | Path) -> Config:
+    """Read settings from YAML files; of several, each wins over those before it.
 
     Raises:
         ConfigError: with the file, for whatever is wrong with it.
     """
-    return _config_from(Path(path), {})
+    return _config_from([Path(path) for path in paths], {})

@@ -6,13 +6,14 @@ the present parameters and without dropout. All ranks do so together: parameters
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ispen_dist.data.batch import Batch
 from ispen_dist.engine import Engines
-from ispen_dist.inner import potentials_and_head
+from ispen_dist.inference import outer_view, potentials_and_head
 from ispen_dist.objectives import OUTER_OBJECTIVES, View, inner_terms
 from ispen_dist.players import Players
 
@@ -38,7 +39,7 @@ class Diagnosis:
 
     def inner(self, batch: Batch) -> str:
         """Return what of the inner loss is not finite, on which rank, for which examples."""
-        return self._together(self._own(batch, _inner_terms))
+        return self._together(self._own(batch, self._players.view, _inner_terms))
 
     def outer(self, inner_batch: Batch, outer_batch: Batch, generator: torch.Generator) -> str:
         """Return the same of an outer step, whose solve reads both batches."""
@@ -47,8 +48,8 @@ class Diagnosis:
         def terms(view: View) -> Mapping[str, Tensor]:
             return {"outer loss": OUTER_OBJECTIVES[objective].loss(view)}
 
-        own = self._own(outer_batch, terms, generator)
-        return self._together(self._own(inner_batch, _inner_terms) or own)
+        own = self._own(outer_batch, partial(outer_view, self._players), terms, generator)
+        return self._together(self._own(inner_batch, self._players.view, _inner_terms) or own)
 
     def _together(self, own: str) -> str:
         texts = self._gather_texts(own)
@@ -57,11 +58,12 @@ class Diagnosis:
     def _own(
         self,
         batch: Batch,
+        view: Callable[..., View],
         terms: Callable[[View], Mapping[str, Tensor]],
         generator: torch.Generator | None = None,
     ) -> str:
         """Return the first part of this rank's batch that is not finite, empty if there is none."""
-        for name, value in self._parts(batch, terms, generator).items():
+        for name, value in self._parts(batch, view, terms, generator).items():
             bad = ~torch.isfinite(value.detach()).view(len(batch.index), -1).all(1)
             if bad.any():
                 return f"{name} of examples {_listed(batch.index[bad].tolist())}"
@@ -70,14 +72,15 @@ class Diagnosis:
     def _parts(
         self,
         batch: Batch,
+        view: Callable[..., View],
         terms: Callable[[View], Mapping[str, Tensor]],
         generator: torch.Generator | None,
     ) -> dict[str, Tensor]:
         parts = {f"data ({n})": x for n, x in batch.tensors().items() if x.is_floating_point()}
         logits = self._engines.inference_net.staged(batch.inputs, keep_states=False).value()
-        potentials, head = potentials_and_head(self._engines, batch)
+        potentials, head = potentials_and_head(self._engines, batch.inputs)
         leaf = logits.detach().requires_grad_()
-        named = terms(self._players.view(batch, leaf, potentials, head, generator))
+        named = terms(view(batch, leaf, potentials, head, generator))
         total = torch.stack([term.sum() for term in named.values()]).sum() + 0.0 * leaf.sum()
         (gradient,) = torch.autograd.grad(total, leaf)
         parts |= {"logits": logits, "local potentials": potentials, **named}

@@ -1,4 +1,4 @@
-"""Prediction in one forward pass, and metrics over a data set that is shared among ranks."""
+"""Predictions, and metrics over a data set that is shared among ranks."""
 
 from collections.abc import Callable, Iterator
 
@@ -24,15 +24,15 @@ def predictions(
     rank: int = 0,
     num_ranks: int = 1,
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield this rank's batches in order, each with its relaxed outputs `A_theta(x)`.
+    """Yield this rank's batches in order, each with its relaxed outputs.
 
     Args:
-        logits: the inference network in evaluation mode, `inputs -> logits`. Ranks that share
-            sharded parameters call it equally often, fillers included.
+        logits: `inputs -> logits` of the predicted structures, see `inference.predict`. Ranks that
+            share sharded parameters call it equally often, fillers included.
         space: the kind of structure.
         dataset: examples, labelled or not.
         like: a tensor with the device and type of the parameters.
-        batch_size: examples per forward pass.
+        batch_size: examples that are predicted together.
         rank: this rank.
         num_ranks: ranks that share the data set; each example is on exactly one.
     """

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ispen_dist.data.batch import Batch
 from ispen_dist.engine import Engines
+from ispen_dist.inference import potentials_and_head
 from ispen_dist.objectives import inner_terms, mle
-from ispen_dist.players import LOCAL, Players, is_local
+from ispen_dist.players import Players
 
 Statistics = Mapping[str, Tensor]
 
@@ -31,7 +32,7 @@ def inner_step(
     """
     logits = engines.inference_net.forward(batch.inputs)
     if energy_weight > 0.0:
-        view = players.view(batch, logits, *potentials_and_head(engines, batch))
+        view = players.view(batch, logits, *potentials_and_head(engines, batch.inputs))
         likelihood, energy = inner_terms(view)
     else:
         likelihood = mle(players.view(batch, logits, logits.detach()))
@@ -45,13 +46,6 @@ def inner_step(
         "energy": means[1],
         "gradient_norm": norm,
     }
-
-
-def potentials_and_head(engines: Engines, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return what `EnergyNetwork.score` reads at a batch, as constants."""
-    features = engines.energy.staged(batch.inputs, part=LOCAL.removesuffix("."), keep_states=False)
-    names = [n for n, _ in engines.energy.network.named_parameters() if not is_local(n)]
-    return features.value(), engines.energy.collect(names)
 
 
 def pretrain_local_step(players: Players, engines: Engines, batch: Batch) -> Statistics:

@@ -10,6 +10,7 @@ from ispen_dist import objectives
 from ispen_dist.data.batch import Batch
 from ispen_dist.engine import Engine, Engines
 from ispen_dist.graphs.compiler import Compiler
+from ispen_dist.inference import outer_view
 from ispen_dist.linalg import trees
 from ispen_dist.linalg.operators import ComposedLoss, Loss
 from ispen_dist.linalg.reduction import LossValue
@@ -55,7 +56,7 @@ class Losses:
         self, batch: Batch, logits: Tensor, b: Tensor, head: Tree, generator: torch.Generator
     ) -> LossValue:
         """Return L given logits, potentials and head."""
-        view = self._players.view(batch, logits, b, head, generator)
+        view = outer_view(self._players, batch, logits, b, head, generator)
         return objectives.outer(view, self._config.outer.objective, self._config.outer.task_weight)
 
     # -- graph -----------------------------------------------------------------------------------
@@ -149,6 +150,14 @@ class Losses:
         return StagedLoss(
             model, output_loss, self._potentials(batch, None), "outer_loss", batch.tensors()
         )
+
+    def energy_gradient(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tree]:
+        """Return L and d_phi L where the structure is inferred from the energy, without theta."""
+        loss = self.outer_staged(batch, generator)
+        # Whatever z is, the inferred logits take its place.
+        output = loss.at(loss.potentials.psi[POTENTIALS], create_graph=False)
+        psi_bar = {key: value for key, value in output.gradient.items() if key != "z"}
+        return output.value, loss.potentials.pull_back(psi_bar)
 
     def _potentials(self, batch: Batch, dtype: torch.dtype | None) -> "EnergyPotentials":
         return EnergyPotentials(self._engines.energy, self._learned, batch, dtype)

@@ -130,9 +130,9 @@ class NotFiniteWatch:
             self._enter("pretrain", [row["local_gradient_norm"] for row in rows])
         return {name: mean_of_finite([row[name] for row in rows]) for name in rows[0]}
 
-    def enter_outer(self, norm: float) -> None:
-        """Enter an outer step by the norm of its gradient."""
-        self._enter("outer", [norm])
+    def enter_outer(self, norms: Sequence[float]) -> None:
+        """Enter the outer steps of a round by the norms of their gradients."""
+        self._enter("outer", norms)
 
     def _enter(self, kind: str, norms: Sequence[float]) -> None:
         self._found += [(kind, i) for i in self.record.enter(kind, norms)]

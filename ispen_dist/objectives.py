@@ -3,21 +3,39 @@
 Low energy is good. `cost` is in [0, 1], 0 for a perfect output. With E the energy, y gold, y_k
 samples from the independent distribution P of the inference network and ybar = A_theta(x):
 
-    inner  L_MLE(y, ybar) + lambda E(x, ybar)
+    inner       L_MLE(y, ybar) + lambda E(x, ybar)
 
-    ssvm   [ m cost(ybar, y) - E(x, ybar) + E(x, y) ]_+
-    dvn    cross-entropy of the true score 1 - cost(ybar, y) against the predicted one,
-           sigmoid(-E(x, ybar))
-    cd     -log softmax over {y, y_1..y_S}:  -E(x, y_k) + m cost(y_k, y),   gold first
-    nce    -log softmax over {y, y_1..y_S}:  -E(x, y_k) - log P(y_k | x),   gold first
-    task   cost(ybar, y)
+    ssvm        [ m cost(yhat, y) - E(x, yhat) + E(x, y) ]_+
+    ssvm_plus   ssvm + [ E(x, y) - E(x, ybar) ]_+
+    dvn         cross-entropy of the true score 1 - cost(ybar, y) against the predicted one,
+                s(ybar) = sigmoid(-E(x, ybar))
+    cd          -log softmax over {y, y_1..y_S}:  -E(x, y_k) + m cost(y_k, y),   gold first
+    nce         -log softmax over {y, y_1..y_S}:  -E(x, y_k) - log P(y_k | x),   gold first
+    ranking     -log sigmoid( E(x, y_j) - E(x, y_i) ), mean over pairs with a lower cost of y_i
+    regression  ( s(y_k) - 1 + cost(y_k, y) )^2, mean over {y, y_1..y_S}
+    crf         -log p(y | x),   p proportional to exp(-E(x, y)), summed exactly
+    mle         L_MLE(y, ybar)
+    task        cost(ybar, y)
 
 where m is the margin scale, and `task_weight * cost(ybar, y)` can be added to each.
 
-Paths of the gradient. In ssvm, dvn and the task cost theta enters through ybar. In cd and nce the
-samples and log P are constants: differentiating NCE through its own noise distribution would push
-the probability of the gold structure down. cd and nce alone therefore have no d_theta L, and an
-implicit part only together with a task weight; `depends_on_theta` says so beforehand.
+Cost-augmented inference. yhat is ybar, unless there is a second structure, F(x), that is inferred
+to minimise E - m cost. Then the inner loss has both (Tu, Pang and Gimpel 2020, with their
+token-level loss as L_MLE, one weight lambda, and no truncation at zero):
+
+    inner       L_MLE(y, ybar) + L_MLE(y, yhat)
+                + lambda ( E(x, ybar) + E(x, yhat) - m cost(yhat, y) )
+
+With ssvm this is InfNet (Tu and Gimpel 2018), which departs from the paper in that A is not F
+fine-tuned once the energy is learned: it shares all of F but the last layer, learns beside it, and
+both are fine-tuned together in the rounds of `train.fine_tune`. With ssvm_plus it is InfNet+.
+
+Paths of the gradient. In ssvm, ssvm_plus, dvn, mle and the task cost theta enters through ybar and
+yhat. In the others the samples and log P are constants: differentiating NCE through its own noise
+distribution would push the probability of the gold structure down. They therefore have no
+d_theta L, and an implicit part only together with a task weight; `depends_on_theta` says so
+beforehand. Where the structure is inferred by gradient descent in place of A_theta there is no
+theta at all, see `inference`.
 
 To add an objective: write a function of a `View`, and add a row to `OUTER_OBJECTIVES`.
 """
@@ -44,10 +62,12 @@ class View:
         inputs: network inputs of the batch.
         y: encoded gold structures, (B, ...).
         weight: (B,), 1 for examples and 0 for fillers.
-        logits: output of the inference network, (B, ...).
+        logits: of the predicted structure, (B, ...).
         energy: `(S, B, ...) -> (S, B)`, the energy network at this batch.
+        augmented: logits of the cost-augmented structure F(x), where there is one besides.
+        gibbs_nll: `() -> -log p(y | x)` of the energy, (B,), where it can be summed exactly.
         generator: draws samples.
-        num_samples: S for cd and nce.
+        num_samples: S for the objectives that draw.
         margin_scale: m.
     """
 
@@ -57,14 +77,22 @@ class View:
     weight: Tensor
     logits: Tensor
     energy: Energy
+    augmented: Tensor | None = None
+    gibbs_nll: Callable[[], Tensor] | None = None
     generator: torch.Generator | None = None
     num_samples: int = 1
     margin_scale: float = 1.0
 
     @property
     def ybar(self) -> Tensor:
-        """The relaxed output A_theta(x), differentiable in theta."""
+        """The relaxed prediction A_theta(x), differentiable in theta."""
         return self.space.relax(self.logits, self.inputs)
+
+    @property
+    def yhat(self) -> Tensor:
+        """The relaxed cost-augmented structure, `ybar` where there is no other."""
+        logits = self.logits if self.augmented is None else self.augmented
+        return self.space.relax(logits, self.inputs)
 
     def total(self, loss_B: Tensor) -> SumAndCount:
         """Return the sum of a loss over the real examples, and their number."""
@@ -74,20 +102,28 @@ class View:
         """Return {y, y_1..y_S}, gold first: constants of shape (1 + S, B, ...)."""
         if self.generator is None:
             raise ValueError(
-                "View.generator: expected a torch.Generator, got None; cd and nce draw samples"
+                "View.generator: expected a torch.Generator, got None; the objective draws samples"
             )
         drawn = self.space.sample(self.logits, self.inputs, self.num_samples, self.generator)
         return torch.cat([self.y.unsqueeze(0), drawn])
 
 
 def mle(view: View) -> Tensor:
-    """Return L_MLE per example: (B,)."""
-    return view.space.nll(view.logits, view.y)
+    """Return L_MLE per example, of both structures where there are two: (B,)."""
+    likelihood = view.space.nll(view.logits, view.y)
+    if view.augmented is None:
+        return likelihood
+    return likelihood + view.space.nll(view.augmented, view.y)
 
 
 def inner_terms(view: View) -> tuple[Tensor, Tensor]:
-    """Return L_MLE and E(x, ybar) per example: two tensors (B,)."""
-    return mle(view), view.energy(view.ybar.unsqueeze(0))[0]
+    """Return the terms of the inner loss without and with lambda per example: two tensors (B,)."""
+    if view.augmented is None:
+        return mle(view), view.energy(view.ybar.unsqueeze(0))[0]
+    yhat = view.yhat
+    energy_predicted, energy_augmented = view.energy(torch.stack([view.ybar, yhat]))
+    cost = view.margin_scale * view.space.cost(yhat, view.y)
+    return mle(view), energy_predicted + energy_augmented - cost
 
 
 def inner(view: View, energy_weight: float) -> SumAndCount:
@@ -103,8 +139,16 @@ def task(view: View) -> Tensor:
 
 def ssvm(view: View) -> Tensor:
     """Return the margin-rescaled structured hinge per example (Taskar et al. 2004): (B,)."""
+    yhat = view.yhat
+    energy_augmented, energy_gold = view.energy(torch.stack([yhat, view.y]))
+    cost = view.margin_scale * view.space.cost(yhat, view.y)
+    return F.relu(cost - energy_augmented + energy_gold)
+
+
+def ssvm_plus(view: View) -> Tensor:
+    """Return the hinge with the perceptron loss of the prediction (Tu et al. 2020): (B,)."""
     energy_predicted, energy_gold = view.energy(torch.stack([view.ybar, view.y]))
-    return F.relu(view.margin_scale * task(view) - energy_predicted + energy_gold)
+    return ssvm(view) + F.relu(energy_gold - energy_predicted)
 
 
 def dvn(view: View) -> Tensor:
@@ -128,6 +172,28 @@ def nce(view: View) -> Tensor:
     return _gold_among(-view.energy(structures) - log_noise)
 
 
+def ranking(view: View) -> Tensor:
+    """Return the pairwise logistic loss of energies ordered by cost (Lee et al. 2022): (B,)."""
+    structures = view.samples()
+    cost, energy = view.space.cost(structures, view.y), view.energy(structures)
+    is_better = (cost.unsqueeze(1) < cost.unsqueeze(0)).to(energy.dtype)
+    loss = F.softplus(energy.unsqueeze(1) - energy.unsqueeze(0))
+    return (is_better * loss).sum((0, 1)) / is_better.sum((0, 1)).clamp(min=1.0)
+
+
+def regression(view: View) -> Tensor:
+    """Return the squared error of the predicted score (Lee et al. 2022): (B,)."""
+    structures = view.samples()
+    score = 1.0 - view.space.cost(structures, view.y)
+    return (torch.sigmoid(-view.energy(structures)) - score).square().mean(0)
+
+
+def crf(view: View) -> Tensor:
+    """Return the exact negative log likelihood of the energy (Lafferty et al. 2001): (B,)."""
+    assert view.gibbs_nll is not None, "Config refuses it for an energy without an exact sum"
+    return view.gibbs_nll()
+
+
 def _gold_among(logits_SB: Tensor) -> Tensor:
     return -torch.log_softmax(logits_SB, dim=0)[0]
 
@@ -139,17 +205,24 @@ class OuterObjective:
     Attributes:
         loss: per-example loss of a view, (B,).
         depends_on_theta: whether theta enters the loss through the relaxed output.
+        reads_structure: whether the loss needs a predicted structure, or samples around it.
     """
 
     loss: Callable[[View], Tensor]
     depends_on_theta: bool
+    reads_structure: bool = True
 
 
 OUTER_OBJECTIVES: dict[str, OuterObjective] = {
     "ssvm": OuterObjective(ssvm, True),
+    "ssvm_plus": OuterObjective(ssvm_plus, True),
     "dvn": OuterObjective(dvn, True),
     "cd": OuterObjective(contrastive_divergence, False),
     "nce": OuterObjective(nce, False),
+    "ranking": OuterObjective(ranking, False),
+    "regression": OuterObjective(regression, False),
+    "crf": OuterObjective(crf, False, reads_structure=False),
+    "mle": OuterObjective(mle, True),
     "task": OuterObjective(task, True),
 }
 

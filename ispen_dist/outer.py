@@ -177,7 +177,9 @@ class OuterStep:
 
     def _explicit_step(self, outer_batch: Batch, step: int) -> Mapping[str, float]:
         generator, losses = self._generator(outer_batch, step), self._losses
-        if self._keeps_graph and self.compiler is not None:
+        if not self._config.inference.by_network:
+            value, explicit = losses.energy_gradient(outer_batch, generator)
+        elif self._keeps_graph and self.compiler is not None:
             loss = losses.outer_staged(outer_batch, generator)
             value, _, explicit = compiled_outer_gradients(loss, self.compiler)
         elif self._keeps_graph:

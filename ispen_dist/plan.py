@@ -14,6 +14,7 @@ from ispen_dist.data.loading import Splits
 from ispen_dist.distributed.runtime import Runtime
 from ispen_dist.models.stages import StagedNetwork, parts_of
 from ispen_dist.players import build_players
+from ispen_dist.schedule import Schedule
 
 _SOLVER_VECTORS = {
     "cg": 5,
@@ -163,10 +164,11 @@ def describe(config: Config, splits: Splits, num_ranks: int, runtime: Runtime) -
     cost = cost_of(config, sizes, num_ranks, runtime)
     item = 8 if config.train.dtype == "float64" else 4
     train = config.train
-    rounds = train.warmup_rounds + train.max_outer_steps
-    inner_steps = rounds * config.inner.steps
+    schedule = Schedule(config)
+    rounds = schedule.num_rounds
+    inner_steps, outer_steps = schedule.first_inner(rounds), schedule.first_outer(rounds)
     epochs = inner_steps * config.inner.batch_size / len(splits.train)
-    products = train.max_outer_steps * _num_products(config.solver)
+    products = outer_steps * _num_products(config.solver)
     test = len(splits.test) if splits.test is not None else 0
     first_order = "bfloat16" if runtime.low_precision else train.dtype
     lines = [
@@ -175,7 +177,7 @@ def describe(config: Config, splits: Splits, num_ranks: int, runtime: Runtime) -
         (
             "steps",
             f"{rounds} rounds: {inner_steps} inner ({epochs:.1f} epochs), "
-            f"{train.max_outer_steps if train.method != 'mle' else 0} outer, "
+            f"{outer_steps} outer, "
             f"at most {products if train.method == 'implicit' else 0} curvature products",
         ),
         (

@@ -13,9 +13,9 @@ from ispen_dist.engine import Engines, ReplicatedEngine
 from ispen_dist.linalg.reduction import OneProcess, Reduction
 from ispen_dist.linalg.trees import Tree
 from ispen_dist.models.energies import EnergyNetwork
-from ispen_dist.models.output_spaces import OutputSpace
+from ispen_dist.models.output_spaces import Inputs, OutputSpace
 from ispen_dist.models.registry import build_energy, build_network, output_space
-from ispen_dist.objectives import View
+from ispen_dist.objectives import Energy, View
 
 
 @dataclass(frozen=True)
@@ -77,28 +77,43 @@ class Players:
 
         Args:
             batch: this rank's examples.
-            logits: output of the inference network on them.
+            logits: output of the inference network on them; where it has two heads, those of the
+                prediction first.
             potentials: b(x) of the energy on them, see `potentials`.
             head: interaction parameters in place of the module's own; others are ignored.
             generator: draws samples.
         """
-        score = _Method(self.energy, "score")
-        own = self._head_of(head or {})
+        y = self.space.encode(batch.target, batch.inputs, logits.dtype)
+        predicted, *augmented = logits.split(y.shape[-1], dim=-1)
         return View(
             space=self.space,
             inputs=batch.inputs,
-            y=self.space.encode(batch.target, batch.inputs, logits.dtype),
+            y=y,
             weight=batch.weight,
-            logits=logits,
-            energy=lambda y: functional_call(score, own, (potentials, y)),
+            logits=predicted,
+            energy=self.energy_at(potentials, head),
+            augmented=augmented[0] if augmented else None,
+            gibbs_nll=lambda: self._call("gibbs_nll", head, potentials, batch.inputs["mask"], y),
             generator=generator,
             num_samples=self.config.outer.num_samples,
             margin_scale=self.config.outer.margin_scale,
         )
 
+    def energy_at(self, potentials: Tensor, head: Tree | None = None) -> Energy:
+        """Return the energy of structures at given potentials; `head` as in `view`."""
+        return lambda y: self._call("score", head, potentials, y)
+
+    def minimum(self, inputs: Inputs, potentials: Tensor, head: Tree | None = None) -> Tensor:
+        """Return the encoded discrete structures of lowest energy, of an energy that knows them."""
+        return self._call("minimum", head, potentials, inputs["mask"])
+
     def interaction(self, head: Tree) -> Tensor:
         """Return `EnergyNetwork.interaction` of a head."""
-        return functional_call(_Method(self.energy, "interaction"), self._head_of(head), ())
+        return self._call("interaction", head)
+
+    def _call(self, name: str, head: Tree | None, *arguments: Tensor) -> Tensor:
+        """Call a method of the energy with a head in place of its own."""
+        return functional_call(_Method(self.energy, name), self._head_of(head or {}), arguments)
 
     def _head_of(self, tree: Tree) -> Tree:
         names = (n for n, _ in self.energy.named_parameters() if not is_local(n))
@@ -128,7 +143,8 @@ def build_players(config: Config, codec: Codec, device: torch.device) -> Players
     """Build both networks; initial values depend on `train.seed` alone."""
     torch.manual_seed(config.train.seed)
     dtype = torch.float64 if config.train.dtype == "float64" else torch.float32
-    inference_net = build_network(config.inference_net, codec).to(device, dtype)
+    heads = config.inference.num_heads
+    inference_net = build_network(config.inference_net, codec, heads).to(device, dtype)
     energy = build_energy(config.energy, codec).to(device, dtype)
     energy.eval()
     return Players(inference_net, energy, output_space(codec), config)

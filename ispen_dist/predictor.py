@@ -1,8 +1,9 @@
 """A trained model as a folder: both networks as safetensors, settings and codec as JSON."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from ispen_dist.data.datasets import Codec, Dataset, MultiLabelCodec, TaggingCod
 from ispen_dist.data.output_file import replacing
 from ispen_dist.data.token_features import HashedTokenFeatures
 from ispen_dist.evaluate import evaluate, predictions
+from ispen_dist.inference import predict
 from ispen_dist.metrics import build_metrics
-from ispen_dist.players import Players, build_players, networks_of
+from ispen_dist.models.output_spaces import Inputs
+from ispen_dist.players import Players, build_players, networks_of, replicated
 
 FORMAT_VERSION = 1
 
@@ -51,20 +54,25 @@ class Predictor:
         return self.players.config
 
     def predict(self, dataset: Dataset, batch_size: int = 256) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield batches in order with their relaxed outputs, one forward pass each."""
-        network = self.players.inference_net.eval()
-        like = next(network.parameters())
-        return predictions(network, self.players.space, dataset, like, batch_size=batch_size)
+        """Yield batches in order with their relaxed outputs."""
+        space = self.players.space
+        return predictions(self._logits(), space, dataset, self._like, batch_size=batch_size)
+
+    def _logits(self) -> Callable[[Inputs], Tensor]:
+        return partial(predict, self.players, replicated(self.players))
+
+    @property
+    def _like(self) -> Tensor:
+        return next(self.players.inference_net.parameters())
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """Return the task's metrics on labelled examples, at the threshold tuned on dev."""
-        network = self.players.inference_net.eval()
         return evaluate(
-            network,
+            self._logits(),
             self.players.space,
             build_metrics(self.codec),
             dataset,
-            next(network.parameters()),
+            self._like,
             threshold=self.threshold,
         )
 

@@ -1,4 +1,4 @@
-"""The training loop: rounds of inner steps and one outer step, with dev selection and resume."""
+"""The training loop: rounds of inner and outer steps, with dev selection and resume."""
 
 import signal
 import time
@@ -21,12 +21,13 @@ from ispen_dist.distributed.runtime import check_runtime
 from ispen_dist.engine import Engines
 from ispen_dist.evaluate import evaluate
 from ispen_dist.graphs.compiler import Compiler
+from ispen_dist.inference import predict
 from ispen_dist.inner import Statistics, inner_step, pretrain_local_step
 from ispen_dist.inner_program import InnerProgram
 from ispen_dist.linalg.trees import Tree
 from ispen_dist.metrics import build_metrics
 from ispen_dist.models.stages import Inputs
-from ispen_dist.not_finite import NotFiniteRecord, NotFiniteWatch
+from ispen_dist.not_finite import NotFiniteRecord, NotFiniteWatch, mean_of_finite
 from ispen_dist.optim import Phase
 from ispen_dist.outer import OuterStep, SolverRecord
 from ispen_dist.players import build_players, groups_of, networks_of
@@ -42,6 +43,7 @@ from ispen_dist.run_state import (
     whole,
 )
 from ispen_dist.saver import Saver
+from ispen_dist.schedule import Schedule
 from ispen_dist.seeding import derived_seed, seed_step, step_generator
 from ispen_dist.selection import Selection
 from ispen_dist.source import Source, buckets_of
@@ -60,6 +62,7 @@ class Trainer:
 
     def __init__(self, config: Config, splits: Splits, session: Session, folder: RunFolder) -> None:
         self.config, self.splits, self.session, self.folder = config, splits, session, folder
+        self.schedule = Schedule(config)
         check_runtime(config, session.runtime)
         ops.set_kernels(config.compile.kernels)
         self.compiler: Compiler | None = None
@@ -93,11 +96,7 @@ class Trainer:
     @property
     def num_rounds(self) -> int:
         """Rounds of the whole run, warm-up included."""
-        return self.config.train.warmup_rounds + self.config.train.max_outer_steps
-
-    @property
-    def _warming_up(self) -> bool:
-        return self.round < self.config.train.warmup_rounds
+        return self.schedule.num_rounds
 
     def _build_sources(self) -> None:
         config, seed = self.config, self.config.train.seed
@@ -116,7 +115,7 @@ class Trainer:
         )
 
     def _build_phases(self) -> None:
-        config, train = self.config, self.config.train
+        config, train, schedule = self.config, self.config.train, self.schedule
         local = OptimizerConfig(
             learning_rate=config.inner.pretrain_learning_rate,
             weight_decay=config.inner.optimizer.weight_decay,
@@ -124,7 +123,7 @@ class Trainer:
             clip_norm=config.inner.optimizer.clip_norm,
         )
         num_inner, num_warmup = (
-            n * config.inner.steps for n in (self.num_rounds, train.warmup_rounds)
+            schedule.first_inner(n) for n in (self.num_rounds, train.warmup_rounds)
         )
         learned = frozenset({"head"} if config.energy.freeze_local else {"local", "head"})
         outer = config.outer.optimizer
@@ -132,8 +131,10 @@ class Trainer:
             Phase("inner", config.inner.optimizer, num_inner, frozenset({"all"}))
         )
         self.pretraining = Phase("pretrain", local, num_warmup, frozenset({"local"}))
-        self.learning = Phase("outer", outer, train.max_outer_steps, learned)
-        self.engines.energy.begin(self.pretraining if self._warming_up else self.learning)
+        num_outer = train.max_outer_steps * config.outer.steps
+        self.learning = Phase("outer", outer, num_outer, learned)
+        begins = self.pretraining if schedule.is_warm_up(self.round) else self.learning
+        self.engines.energy.begin(begins)
         self.outer_step = OuterStep(
             self.players,
             self.engines,
@@ -195,16 +196,23 @@ class Trainer:
         return self._finish(self.saver.summary(time.perf_counter() - begin))
 
     def train_round(self) -> dict[str, float]:
-        """Take the inner steps of one round and its outer step, and return the figures."""
-        figures = self._inner_steps()
-        if not self._warming_up and self.config.train.method != "mle":
-            step = self.round - self.config.train.warmup_rounds
-            if self.engines.energy.phase is not self.learning:
-                self.engines.energy.begin(self.learning)
-            self.session.watchdog.beat("outer step")
-            figures.update(self.outer_step(*self._outer_batches(step), step))
-            self.not_finite.enter_outer(figures["update_norm"])
+        """Take the inner and the outer steps that the schedule has, and return the figures."""
+        figures = self._inner_steps() if self.schedule.has_inner(self.round) else {}
+        if self.schedule.has_outer(self.round):
+            figures |= self._outer_steps()
         return figures
+
+    def _outer_steps(self) -> dict[str, float]:
+        if self.engines.energy.phase is not self.learning:
+            self.engines.energy.begin(self.learning)
+        first = self.schedule.first_outer(self.round)
+        rows: list[Mapping[str, float]] = []
+        for step in range(first, first + self.config.outer.steps):
+            self.session.watchdog.beat("outer step")
+            rows.append(self.outer_step(*self._outer_batches(step), step))
+        self.not_finite.enter_outer([row["update_norm"] for row in rows])
+        # The first step of a run has more figures than the others.
+        return {k: mean_of_finite([row[k] for row in rows if k in row]) for k in rows[0]}
 
     def _outer_batches(self, step: int) -> tuple[Batch, Batch]:
         """Return the batches of the solve and of the outer loss."""
@@ -214,15 +222,13 @@ class Trainer:
 
     def _inner_steps(self) -> dict[str, float]:
         config = self.config
-        learns_energy = config.train.method != "mle"
-        learns_energy &= not self._warming_up
-        energy_weight = config.inner.energy_weight if learns_energy else 0.0
+        energy_weight = self.schedule.energy_weight(self.round)
         pretrains = (
-            self._warming_up
-            and config.train.method != "mle"
+            self.schedule.is_warm_up(self.round)
+            and self.schedule.learns_energy
             and config.inner.pretrain_learning_rate > 0.0
         )
-        first = self.round * config.inner.steps
+        first = self.schedule.first_inner(self.round)
         self.session.watchdog.beat("reading")
         batches = [self.inner_source.batch(first + i) for i in range(config.inner.steps)]
 
@@ -267,8 +273,9 @@ class Trainer:
         diagnosis = Diagnosis(self.players, self.engines, self.session.gather_texts)
         begun = self.round - 1
         if kind != "outer":
-            return diagnosis.inner(self.inner_source.batch(begun * self.config.inner.steps + step))
-        number = begun - self.config.train.warmup_rounds
+            number = self.schedule.first_inner(begun) + step
+            return diagnosis.inner(self.inner_source.batch(number))
+        number = self.schedule.first_outer(begun) + step
         seed, session = self.config.train.seed, self.session
         generator = step_generator(seed, "samples", number, session.rank, session.device)
         return diagnosis.outer(*self._outer_batches(number), generator)
@@ -279,9 +286,11 @@ class Trainer:
 
     @property
     def _examples_per_round(self) -> int:
-        config = self.config
-        outer = 0 if self._warming_up or config.train.method == "mle" else config.outer.batch_size
-        return config.inner.steps * config.inner.batch_size + outer
+        """Examples of the round that has just ended."""
+        config, begun = self.config, self.round - 1
+        inner, outer = self.schedule.has_inner(begun), self.schedule.has_outer(begun)
+        of_inner = config.inner.steps * config.inner.batch_size * inner
+        return of_inner + config.outer.steps * config.outer.batch_size * outer
 
     def _is_due(self, every: int) -> bool:
         return self.round % every == 0 or self.round == self.num_rounds
@@ -297,7 +306,7 @@ class Trainer:
 
         def logits(inputs: Inputs) -> Tensor:
             self.session.watchdog.beat("evaluation")
-            return engine.staged(inputs, keep_states=False).value()
+            return predict(self.players, self.engines, inputs)
 
         return evaluate(
             logits,
@@ -311,13 +320,13 @@ class Trainer:
         )
 
     def _evaluate_and_select(self) -> None:
-        """Evaluate on dev and keep the best networks since the end of the warm-up."""
+        """Evaluate on dev and keep the best networks, see `Schedule.select_after`."""
         dev = self._evaluate(self.splits.dev)
         self.folder.record_dev(self.round, dev)
         head = self.engines.energy.collect(self.engines.energy.groups["head"])
         interaction = self.players.interaction(head)
         self.folder.record_interaction(self.round, interaction, self.splits.codec.output_names)
-        if self.round <= self.config.train.warmup_rounds < self.num_rounds:
+        if self.round <= self.schedule.select_after < self.num_rounds:
             return
         self.selection.enter(dev)
 

@@ -53,7 +53,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", type=Path, required=True, help="YAML file of settings")
+    add("--config", type=Path, action="append", required=True, metavar="FILE",
+        help="YAML file of settings; of several, each wins over those before it")  # fmt: skip
     add("--nodes", type=_positive, required=True, help="number of nodes")
     add("--gpus-per-node", type=_positive, help="GPUs, and processes, of a node")
     add("--processes-per-node", type=_positive, help="processes of a node without GPUs")
@@ -89,7 +90,8 @@ def parse_settings(arguments: argparse.Namespace) -> TrainCommand:
                 f"{flag}: expected settings after --, got a flag that the job sets itself: it "
                 "resumes its run folder; give --config and --output before --"
             )
-    return parse_train(["--config", str(arguments.config), *arguments.settings])
+    files = [part for path in arguments.config for part in ("--config", str(path))]
+    return parse_train([*files, *arguments.settings])
 
 
 def write_job(arguments: argparse.Namespace, command: TrainCommand) -> Path:

@@ -90,6 +90,47 @@ def test_the_last_of_two_equal_flags_wins(config_file):
     assert command.config.inner.steps == 4
 
 
+def test_of_several_files_the_later_wins_setting_by_setting(tmp_path):
+    first, second = tmp_path / "task.yaml", tmp_path / "method.yaml"
+    first.write_text(
+        "data: {train: [x], extra: {a: b}}\ninner: {steps: 3, optimizer: {clip_norm: 1.0}}\n"
+    )
+    second.write_text("data: {extra: {c: d}}\ninner: {steps: 4, optimizer: {weight_decay: 0.5}}\n")
+    command = parsed(first, "--config", str(second), "--inner.batch_size=9")
+    assert command.name == "task-method"
+    assert command.config == parsed(first, "--inner.batch_size=9", "--config", str(second)).config
+    inner = command.config.inner
+    assert (inner.steps, inner.batch_size) == (4, 9)
+    assert (inner.optimizer.clip_norm, inner.optimizer.weight_decay) == (1.0, 0.5)
+    assert command.config.data.extra == {"c": "d"}
+    assert load_config(first, second).inner.steps == 4
+    assert load_config(second, first).inner.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("inner: {stepz: 1}", "{method}: inner.stepz: no such setting"),
+        ("inner: {steps: x}", "{method}: inner.steps: expected int"),
+        ("inner: {batch_size: 3}", "{task}: inner.steps: expected at least 1, got 0"),
+        (
+            "train: {method: mle, order: energy_first}\ninner: {steps: 1}",
+            "{method}: train.order",
+        ),
+        (
+            "inference: {name: viterbi}\ninner: {steps: 1}",
+            "{task}, {method}: train.method",
+        ),
+    ],
+)
+def test_of_several_files_the_one_at_fault_is_named(method, message, tmp_path, capsys):
+    first, second = tmp_path / "task.yaml", tmp_path / "method.yaml"
+    first.write_text("data: {train: [x]}\ninner: {steps: 0}\n")
+    second.write_text(method)
+    error = error_of(capsys, "--config", str(first), "--config", str(second))
+    assert error.startswith(message.format(task=first, method=second)), error
+
+
 def test_a_flag_changes_one_of_two_sections_that_share_an_anchor(config_file):
     shared = "inner: {optimizer: &o {learning_rate: 0.5}}\nouter: {optimizer: *o}\n"
     path = config_file("data: {train: [x]}\n" + shared)
@@ -264,6 +305,40 @@ TAGGING = {
     "nystrom without damping": (
         {"solver": {"name": "nystrom", "damping": 0.0}},
         "solver.damping: expected a number above 0 for solver.name=nystrom",
+    ),
+    "ranking without a task cost": (
+        {"outer": {"objective": "ranking"}}, "outer.task_weight: expected a number above 0",
+    ),
+    "inference that does without theta": (
+        {"inference": {"name": "gradient_descent"}},
+        "train.method: expected explicit for inference.name=gradient_descent, got 'implicit'; the",
+    ),
+    "rounds for a by-stander": (
+        {
+            "inference": {"name": "gradient_descent"},
+            "train": {"method": "explicit", "fine_tune": 1.0},
+        },
+        "train.fine_tune: expected 0.0 for inference.name=gradient_descent, got 1.0",
+    ),
+    "a network that is frozen and solved for": (
+        {"train": {"order": "energy_first"}}, "train.order: expected alternate",
+    ),
+    "unrolled network": (
+        {"inference": {"unrolled": True}}, "inference.unrolled: expected false",
+    ),
+    "cost that nothing reads": (
+        {"inference": {"cost_augmented": True}}, "outer.objective: expected ssvm or ssvm_plus for",
+    ),
+    "task cost of a cost-augmented structure": (
+        {
+            "inference": {"name": "gradient_descent", "cost_augmented": True},
+            "outer": {"objective": "ssvm", "task_weight": 1.0},
+            "train": {"method": "explicit"},
+        },
+        "outer.task_weight: expected 0 for inference.name=gradient_descent with",
+    ),
+    "one structure for two": (
+        {"outer": {"objective": "ssvm_plus"}}, "inference.cost_augmented: expected true",
     ),
     "damping that cannot grow": (
         {"solver": {"on_failure": "damp", "damping": 0.0}},

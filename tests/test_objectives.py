@@ -25,6 +25,7 @@ def view(energy=lambda y: -y.sum(-1), logits=LOGITS, **settings):
         weight=torch.ones(2),
         logits=logits,
         energy=energy,
+        gibbs_nll=lambda: energy(Y) + 9.0,
         generator=torch.Generator().manual_seed(0),
         num_samples=4,
         **settings,
@@ -72,6 +73,24 @@ def test_nce_adds_the_negative_log_noise_to_each_logit():
     logits = structures.sum(-1) - log_noise
     expected = -torch.log_softmax(logits, 0)[0]
     torch.testing.assert_close(objectives.nce(view()), expected)
+
+
+def test_ranking_is_the_logistic_loss_of_pairs_of_unequal_cost():
+    energy = lambda y: (y * torch.tensor([0.1, 0.9, -0.4])).sum(-1)  # noqa: E731
+    v = view(energy)
+    structures = v.samples()
+    cost, value = v.space.cost(structures, Y), energy(structures)
+    for b, loss in enumerate(objectives.ranking(view(energy))):
+        pairs = [(i, j) for i in range(5) for j in range(5) if cost[i, b] < cost[j, b]]
+        terms = [-torch.sigmoid(value[j, b] - value[i, b]).log() for i, j in pairs]
+        torch.testing.assert_close(loss, torch.stack(terms).mean())
+
+
+def test_regression_compares_scores_of_all_samples():
+    v = view()
+    structures = v.samples()
+    error = torch.sigmoid(structures.sum(-1)) - 1.0 + v.space.cost(structures, Y)
+    torch.testing.assert_close(objectives.regression(view()), error.square().mean(0))
 
 
 @pytest.mark.parametrize("name", OUTER_OBJECTIVES)

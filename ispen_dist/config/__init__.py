@@ -7,6 +7,7 @@ checks what spans sections. Every message names the field to change.
 from ispen_dist.config.checks import ConfigError
 from ispen_dist.config.compile import CompileConfig
 from ispen_dist.config.data import DataConfig, FeatureConfig
+from ispen_dist.config.inference import InferenceConfig
 from ispen_dist.config.networks import EnergyConfig, NetworkConfig
 from ispen_dist.config.problems import InnerConfig, OptimizerConfig, OuterConfig
 from ispen_dist.config.root import Config
@@ -20,6 +21,7 @@ __all__ = [
     "DataConfig",
     "EnergyConfig",
     "FeatureConfig",
+    "InferenceConfig",
     "InnerConfig",
     "NetworkConfig",
     "OptimizerConfig",

@@ -5,6 +5,9 @@ from typing import Literal
 
 from ispen_dist.config.checks import ANY, check_ranges
 
+WITHOUT_THETA = ("cd", "nce", "ranking", "regression", "crf")
+"""Outer losses in which the structures are samples or gold: theta is a constant there."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -70,14 +73,18 @@ class OuterConfig:
     """Of phi. Keep it 10 to 100 times slower than the inner one."""
     batch_size: int = 128
     """Examples in a global batch of the outer loss, and of the inner loss in the solve."""
-    objective: Literal["ssvm", "dvn", "cd", "nce", "task"] = "task"
-    """Outer loss."""
+    steps: int = 1
+    """Outer steps per round."""
+    objective: Literal[
+        "ssvm", "ssvm_plus", "dvn", "cd", "nce", "ranking", "regression", "crf", "mle", "task"
+    ] = "task"
+    """Outer loss, see `objectives`."""
     task_weight: float = 0.0
     """Weight of the task cost added to the objective."""
     margin_scale: float = 1.0
-    """Scale of the cost inside ssvm and cd."""
+    """Scale of the cost inside ssvm, ssvm_plus and cd, and in cost-augmented inference."""
     num_samples: int = 16
-    """Samples per example in cd and nce."""
+    """Samples per example in cd, nce, ranking and regression."""
     dropout: bool = True
     """Evaluate the outer loss under the dropout masks of training, frozen during the solve. On
     training data the network without dropout is close to perfect and its cost says little."""
@@ -90,6 +97,7 @@ class OuterConfig:
             "outer",
             self,
             batch_size=(1, ANY),
+            steps=(1, ANY),
             task_weight=(0.0, ANY),
             margin_scale=(0.0, ANY),
             num_samples=(1, ANY),

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from ispen_dist.config.checks import check
 from ispen_dist.config.compile import CompileConfig
 from ispen_dist.config.data import DataConfig, FeatureConfig
+from ispen_dist.config.inference import InferenceConfig
 from ispen_dist.config.networks import EnergyConfig, NetworkConfig
-from ispen_dist.config.problems import InnerConfig, OuterConfig
+from ispen_dist.config.problems import WITHOUT_THETA, InnerConfig, OuterConfig
 from ispen_dist.config.solver import SolverConfig
 from ispen_dist.config.train import TrainConfig
 
@@ -29,6 +30,8 @@ class Config:
     """The network A_theta that predicts."""
     energy: EnergyConfig = field(default_factory=EnergyConfig)
     """The network E_phi that scores."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    """How a structure is predicted."""
     inner: InnerConfig = field(default_factory=InnerConfig)
     """The inner problem."""
     outer: OuterConfig = field(default_factory=OuterConfig)
@@ -41,55 +44,113 @@ class Config:
     """Length, seed, records."""
 
     def __post_init__(self) -> None:
+        self._check_networks()
+        if self.compile.any:
+            self._check_compiled()
+        if self.train.method == "implicit":
+            self._check_implicit()
+        if not self.inference.by_network:
+            self._check_by_stander()
+        self._check_objective()
+        check(
+            self.train.order == "alternate" or self.train.method == "explicit",
+            "train.order",
+            f"alternate for train.method={self.train.method}",
+            self.train.order,
+            "the implicit part needs a network trained on the energy; set train.method=explicit",
+        )
+
+    def _networks(self) -> tuple[tuple[str, NetworkConfig], ...]:
+        return ("inference_net", self.inference_net), ("energy.features", self.energy.features)
+
+    def _check_networks(self) -> None:
         tagging = self.data.task == "tagging"
         networks = ("bilstm", "transformer") if tagging else ("mlp",)
         energies = ENERGIES_OF[self.data.task]
         where = f"for data.task={self.data.task}"
-        inner = self.compile.inner
-        for setting, network in (
-            ("inference_net", self.inference_net),
-            ("energy.features", self.energy.features),
-        ):
+        for setting, network in self._networks():
             network.check(setting)
+            expected = f"one of {', '.join(networks)} {where}"
+            check(network.name in networks, f"{setting}.name", expected, network.name)
+        expected = f"one of {', '.join(energies)} {where}"
+        check(self.energy.name in energies, "energy.name", expected, self.energy.name)
+
+    def _check_compiled(self) -> None:
+        inner = self.compile.inner
+        for setting, network in self._networks():
             check(
-                network.name in networks,
+                network.name != "bilstm" or (setting != "inference_net" and not inner),
                 f"{setting}.name",
-                f"one of {', '.join(networks)} {where}",
+                "a network whose shapes do not depend on values, with compile."
+                f"{'inner' if inner else 'curvature'}",
                 network.name,
+                "use transformer, or set compile.inner=false and compile.curvature=false",
             )
-        if self.compile.any:
-            for setting, network in (
-                ("inference_net", self.inference_net),
-                ("energy.features", self.energy.features),
-            ):
-                check(
-                    network.name != "bilstm" or (setting != "inference_net" and not inner),
-                    f"{setting}.name",
-                    "a network whose shapes do not depend on values, with compile."
-                    f"{'inner' if inner else 'curvature'}",
-                    network.name,
-                    "use transformer, or set compile.inner=false and compile.curvature=false",
-                )
+
+    def _check_implicit(self) -> None:
+        objective = self.outer.objective
         check(
-            self.energy.name in energies,
-            "energy.name",
-            f"one of {', '.join(energies)} {where}",
-            self.energy.name,
+            objective not in WITHOUT_THETA or self.outer.task_weight > 0.0,
+            "outer.task_weight",
+            f"a number above 0 for outer.objective={objective} with train.method=implicit",
+            self.outer.task_weight,
+            f"{objective} holds theta constant, so without the task cost there is no implicit "
+            "part; set outer.task_weight or train.method=explicit",
         )
-        if self.train.method == "implicit":
+        check(
+            self.inner.energy_weight > 0.0,
+            "inner.energy_weight",
+            "a number above 0 with train.method=implicit",
+            self.inner.energy_weight,
+            "with lambda = 0 theta does not depend on the energy",
+        )
+
+    def _check_by_stander(self) -> None:
+        """Check what a network that takes no part after the warm-up rules out."""
+        where = f"for inference.name={self.inference.name}"
+        hint = "the inference network is a by-stander there; or set inference.name=network"
+        for setting, expected, value in (
+            ("train.method", "explicit", self.train.method),
+            ("train.order", "alternate", self.train.order),
+            ("train.fine_tune", 0.0, self.train.fine_tune),
+            ("compile.curvature", False, self.compile.curvature),
+        ):
+            shown = str(expected).lower()
+            check(value == expected, setting, f"{shown} {where}", value, hint)
+
+    def _check_objective(self) -> None:
+        """Check that the outer loss has the energy and the structures that it reads."""
+        objective, inference = self.outer.objective, self.inference
+        if objective == "crf" or inference.name == "viterbi":
+            setting = "outer.objective" if objective == "crf" else "inference.name"
             check(
-                self.outer.objective not in ("cd", "nce") or self.outer.task_weight > 0.0,
+                self.energy.name == "linear_chain",
+                "energy.name",
+                f"linear_chain for {setting}={objective if objective == 'crf' else 'viterbi'}",
+                self.energy.name,
+                f"only a chain is solved exactly; change {setting}",
+            )
+        if inference.cost_augmented:
+            margins = ("ssvm", "ssvm_plus") if inference.by_network else ("ssvm",)
+            check(
+                objective in margins,
+                "outer.objective",
+                f"{' or '.join(margins)} for inference.name={inference.name} with "
+                "inference.cost_augmented=true",
+                objective,
+                "other losses read no cost-augmented structure; set inference.cost_augmented=false",
+            )
+            check(
+                inference.by_network or self.outer.task_weight == 0.0,
                 "outer.task_weight",
-                f"a number above 0 for outer.objective={self.outer.objective} "
-                "with train.method=implicit",
+                f"0 for inference.name={inference.name} with inference.cost_augmented=true",
                 self.outer.task_weight,
-                "cd and nce hold theta constant, so without the task cost there is no implicit "
-                "part; set outer.task_weight or train.method=explicit",
+                "the outer loss sees the cost-augmented structure alone",
             )
-            check(
-                self.inner.energy_weight > 0.0,
-                "inner.energy_weight",
-                "a number above 0 with train.method=implicit",
-                self.inner.energy_weight,
-                "with lambda = 0 theta does not depend on the energy",
-            )
+        check(
+            objective != "ssvm_plus" or inference.cost_augmented,
+            "inference.cost_augmented",
+            "true for outer.objective=ssvm_plus",
+            inference.cost_augmented,
+            "it reads a cost-augmented structure beside the predicted one; or use ssvm",
+        )

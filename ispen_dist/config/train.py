@@ -10,7 +10,8 @@ from ispen_dist.config.checks import ANY, check_ranges
 class TrainConfig:
     """The length of the run, its seed, and what happens on the way.
 
-    A round is `inner.steps` inner steps and one outer step; warm-up rounds have no outer step.
+    A round is `inner.steps` inner steps and `outer.steps` outer steps; see `order`. Warm-up rounds
+    have no outer step.
     """
 
     method: Literal["implicit", "explicit", "mle"] = "implicit"
@@ -20,7 +21,13 @@ class TrainConfig:
     """Rounds on L_MLE alone before the first outer step; the local energy is pre-trained on the
     same batches."""
     max_outer_steps: int = 100
-    """Outer steps, one per round after the warm-up."""
+    """Rounds in which the energy is learned, after the warm-up; each has `outer.steps`."""
+    order: Literal["alternate", "energy_first"] = "alternate"
+    """Inner and outer steps in every round, or all outer steps first, with the network as the
+    warm-up left it, and then as many rounds of inner steps on the energy, which stands still."""
+    fine_tune: float = 0.0
+    """Rounds of inner steps alone at the end, on the learned energy, as a share of
+    max_outer_steps."""
     seed: int = 0
     """Seed of initial values, data order, dropout and samples."""
     eval_every: int = 10
@@ -62,6 +69,7 @@ class TrainConfig:
             self,
             warmup_rounds=(0, ANY),
             max_outer_steps=(0, ANY),
+            fine_tune=(0.0, ANY),
             eval_every=(1, ANY),
             patience=(0, ANY),
             checkpoint_every=(1, ANY),

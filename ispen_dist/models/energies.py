@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ispen_dist.models.chains import best_chain, chain_nll
+
 
 class EnergyNetwork(nn.Module, ABC):
     """The interface of an energy.
@@ -126,6 +128,14 @@ class LinearChainEnergy(TaggingEnergy):
     def global_energy(self, y: Tensor) -> Tensor:
         """See `TaggingEnergy.global_energy`."""
         return -((y[..., :-1, :] @ self.W) * y[..., 1:, :]).sum((-1, -2))
+
+    def gibbs_nll(self, potentials: Tensor, mask: Tensor, y: Tensor) -> Tensor:
+        """Return `-log p(y | x)` of gold y (B, T, K), p proportional to exp(-E): (B,)."""
+        return chain_nll(potentials + self.label_bias, self.W, mask, y)
+
+    def minimum(self, potentials: Tensor, mask: Tensor) -> Tensor:
+        """Return the discrete structure of lowest energy, one-hot (B, T, K)."""
+        return best_chain(potentials + self.label_bias, self.W, mask)
 
     def interaction(self) -> Tensor:
         """Return the transition scores W, (K, K): row the previous tag, column the next."""

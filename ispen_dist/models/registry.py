@@ -28,18 +28,17 @@ def _settings(config: NetworkConfig, *names: str) -> dict[str, Any]:
 _SHARED = ("hidden_size", "num_layers", "dropout", "feature_dropout")
 
 
-def _mlp(config: NetworkConfig, codec: Codec) -> nn.Module:
-    return MLP(codec.num_inputs, codec.num_outputs, **_settings(config, "activation"))
+def _mlp(config: NetworkConfig, num_inputs: int, num_outputs: int) -> nn.Module:
+    return MLP(num_inputs, num_outputs, **_settings(config, "activation"))
 
 
-def _bilstm(config: NetworkConfig, codec: Codec) -> nn.Module:
-    settings = _settings(config, "embedding_size")
-    return BiLSTMTagger(codec.num_inputs, codec.num_outputs, **settings)
+def _bilstm(config: NetworkConfig, num_inputs: int, num_outputs: int) -> nn.Module:
+    return BiLSTMTagger(num_inputs, num_outputs, **_settings(config, "embedding_size"))
 
 
-def _transformer(config: NetworkConfig, codec: Codec) -> nn.Module:
+def _transformer(config: NetworkConfig, num_inputs: int, num_outputs: int) -> nn.Module:
     settings = _settings(config, "embedding_size", "num_heads")
-    return TransformerTagger(codec.num_inputs, codec.num_outputs, **settings)
+    return TransformerTagger(num_inputs, num_outputs, **settings)
 
 
 def _label_interaction(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
@@ -67,7 +66,7 @@ def _tag_language_model(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
     return TagLanguageModelEnergy(features, codec.num_outputs, *sizes)
 
 
-NETWORKS: dict[str, Callable[[NetworkConfig, Codec], nn.Module]] = {
+NETWORKS: dict[str, Callable[[NetworkConfig, int, int], nn.Module]] = {
     "mlp": _mlp,
     "bilstm": _bilstm,
     "transformer": _transformer,
@@ -81,9 +80,9 @@ ENERGIES: dict[str, Callable[[EnergyConfig, Codec], EnergyNetwork]] = {
 }
 
 
-def build_network(config: NetworkConfig, codec: Codec) -> nn.Module:
-    """Build a network from inputs to logits."""
-    return NETWORKS[config.name](config, codec)
+def build_network(config: NetworkConfig, codec: Codec, num_heads: int = 1) -> nn.Module:
+    """Build a network from inputs to the logits of one structure, or of several side by side."""
+    return NETWORKS[config.name](config, codec.num_inputs, num_heads * codec.num_outputs)
 
 
 def build_energy(config: EnergyConfig, codec: Codec) -> EnergyNetwork:

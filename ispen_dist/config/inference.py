@@ -1,0 +1,60 @@
+"""How a structure is predicted from the networks."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ispen_dist.config.checks import ANY, check, check_ranges
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How a structure is predicted: by the inference network, or from the energy itself."""
+
+    name: Literal["network", "gradient_descent", "viterbi"] = "network"
+    """One forward pass of the inference network; gradient descent on the energy of the relaxed
+    structure; or the exact minimum of a linear_chain. With the last two the inference network is a
+    by-stander: it takes no step after the warm-up."""
+    cost_augmented: bool = False
+    """In the outer losses ssvm and ssvm_plus, the structure that minimises E - margin_scale * cost.
+    By gradient descent: the same steps on that. By the network: a second head of its own, trained
+    on that beside the one that predicts."""
+    unrolled: bool = False
+    """Differentiate the outer loss through the steps of gradient descent; otherwise the structure
+    they reach is a constant."""
+    steps: int = 20
+    """Steps of gradient descent."""
+    learning_rate: float = 1.0
+    """Size of a step on the logits of the structure."""
+    momentum: float = 0.0
+    """Share of the last step that is added to the next."""
+    start: Literal["zeros", "potentials"] = "zeros"
+    """Logits before the first step: zeros, or the local potentials of the energy."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            "inference", self, steps=(1, ANY), learning_rate=(0.0, ANY), momentum=(0.0, 0.999)
+        )
+        check(
+            not self.unrolled or self.name == "gradient_descent",
+            "inference.unrolled",
+            f"false for inference.name={self.name}",
+            self.unrolled,
+            "only the steps of gradient_descent can be unrolled",
+        )
+        check(
+            not self.cost_augmented or self.name != "viterbi",
+            "inference.cost_augmented",
+            "false for inference.name=viterbi",
+            self.cost_augmented,
+            "use gradient_descent",
+        )
+
+    @property
+    def by_network(self) -> bool:
+        """Whether the inference network predicts."""
+        return self.name == "network"
+
+    @property
+    def num_heads(self) -> int:
+        """Structures that the inference network puts out: one, or a cost-augmented one besides."""
+        return 2 if self.by_network and self.cost_augmented else 1

@@ -1,0 +1,136 @@
+"""Structures inferred from the energy, in place of those that the inference network predicts.
+
+With ybar(z) = relax(z) and m the margin scale, gradient descent takes from z_0, zeros or the local
+potentials, `inference.steps` steps on the logits z of each example:
+
+    g_k = d/dz [ E(x, ybar(z_k)) - m cost(ybar(z_k), y) ],   m = 0 unless it is cost-augmented
+    v_k = momentum v_{k-1} + g_k,                            z_{k+1} = z_k - learning_rate v_k
+
+(Belanger and McCallum 2016; unrolled and differentiated: Belanger, Yang and McCallum 2017.)
+Departures: 1. they project ybar, or take mirror steps; steps on logits keep it relaxed as well, and
+the result is logits like the network's. 2. The number of steps is fixed, so that ranks stay alike.
+
+`infer` reads local potentials and a head, which are small, so it is the same whatever shards the
+energy; `predict` collects them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ispen_dist.config import InferenceConfig
+from ispen_dist.data.batch import Batch
+from ispen_dist.engine import Engines
+from ispen_dist.linalg.trees import Tree
+from ispen_dist.models.output_spaces import Inputs
+from ispen_dist.objectives import OUTER_OBJECTIVES, View
+from ispen_dist.players import LOCAL, Players, is_local
+
+CERTAIN = 100.0
+"""Logit of a tag that was decided exactly; those of all others are 0."""
+
+
+def predict(players: Players, engines: Engines, inputs: Inputs) -> Tensor:
+    """Return the logits of the predicted structures, without dropout, as `inference` says.
+
+    Every rank calls it: parameters may be sharded.
+    """
+    if players.config.inference.by_network:
+        logits = engines.inference_net.staged(inputs, keep_states=False).value()
+        return logits.chunk(players.config.inference.num_heads, dim=-1)[0]
+    return infer(players, inputs, *potentials_and_head(engines, inputs))
+
+
+def potentials_and_head(engines: Engines, inputs: Inputs) -> tuple[Tensor, Tree]:
+    """Return what `EnergyNetwork.score` reads at inputs, as constants."""
+    features = engines.energy.staged(inputs, part=LOCAL.removesuffix("."), keep_states=False)
+    names = [n for n, _ in engines.energy.network.named_parameters() if not is_local(n)]
+    return features.value(), engines.energy.collect(names)
+
+
+def outer_view(
+    players: Players,
+    batch: Batch,
+    logits: Tensor,
+    potentials: Tensor,
+    head: Tree | None = None,
+    generator: torch.Generator | None = None,
+) -> View:
+    """Return the batch as the outer loss sees it: with the inferred structure, if one is.
+
+    Args:
+        players: both networks.
+        batch: this rank's examples.
+        logits: of the inference network; not read where it does not predict.
+        potentials: see `Players.view`, as the others.
+        head: interaction parameters.
+        generator: draws samples.
+    """
+    config = players.config
+    view = players.view(batch, logits, potentials, head, generator)
+    reads = OUTER_OBJECTIVES[config.outer.objective].reads_structure
+    if config.inference.by_network or not (reads or config.outer.task_weight):
+        return view
+    gold = view.y if config.inference.cost_augmented else None
+    unrolled = config.inference.unrolled
+    inferred = infer(players, batch.inputs, potentials, head, gold, unrolled=unrolled)
+    return dataclasses.replace(view, logits=inferred, augmented=None)
+
+
+def infer(
+    players: Players,
+    inputs: Inputs,
+    potentials: Tensor,
+    head: Tree | None = None,
+    gold: Tensor | None = None,
+    *,
+    unrolled: bool = False,
+) -> Tensor:
+    """Return the logits of the structures of low energy, shaped like the potentials.
+
+    Args:
+        players: definition of the energy, kind of structure and settings.
+        inputs: of the examples.
+        potentials: b(x) of the energy.
+        head: interaction parameters in place of the module's own.
+        gold: encoded gold structures, from which the cost is added; None adds none.
+        unrolled: keep the graph of the steps, into potentials and head.
+    """
+    config, space = players.config, players.space
+    if config.inference.name == "viterbi":
+        return CERTAIN * players.minimum(inputs, potentials, head)
+    energy = players.energy_at(potentials, head)
+
+    def loss(z: Tensor) -> Tensor:
+        ybar = space.relax(z, inputs)
+        value = energy(ybar.unsqueeze(0))[0]
+        if gold is not None:
+            value = value - config.outer.margin_scale * space.cost(ybar, gold)
+        return value.sum()
+
+    start = potentials if config.inference.start == "potentials" else torch.zeros_like(potentials)
+    return descend(loss, start, config.inference, unrolled=unrolled)
+
+
+@torch.enable_grad()
+def descend(
+    loss: Callable[[Tensor], Tensor], z: Tensor, config: InferenceConfig, *, unrolled: bool = False
+) -> Tensor:
+    """Return z after gradient descent with momentum on a loss.
+
+    Args:
+        loss: a scalar function of z, a sum over examples.
+        z: where it starts.
+        config: number and size of the steps.
+        unrolled: keep the graph of the steps; otherwise the result is a constant.
+    """
+    z = z.clone()  # The loss may read the same tensor, as potentials; its share is no step of z.
+    velocity = torch.zeros_like(z)
+    for _ in range(config.steps):
+        z = z if unrolled and z.requires_grad else z.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(z), z, create_graph=unrolled)
+        velocity = config.momentum * velocity + gradient
+        z = z - config.learning_rate * velocity
+    return z if unrolled else z.detach()
