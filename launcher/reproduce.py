@@ -61,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=2, help="runs at a time; default 2")
     add("--gpus", type=int, default=0, help="GPUs of this machine, one run at a time on each")
     add("--slurm", nargs="?", const=ONE_GPU, metavar="FLAGS",
-        help=f'as SLURM jobs, by these flags of launcher/slurm.py; default "{ONE_GPU}"')  # fmt: skip
+        help=f'as SLURM jobs, with flags of launcher/slurm.py; default "{ONE_GPU}"')  # fmt: skip
     add("--runs", type=Path, default=Path("runs/tables"), help="run folders; default runs/tables")
     add("--output", type=Path, default=ROOT / "profiling" / "results", help="folder of the table")
     add("--tables", type=Path, default=ROOT / "configs" / "tables", help="folder of tables")
