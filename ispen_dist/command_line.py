@@ -224,6 +224,28 @@ def _hints(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 _HINTS = dict(_hints(Config))
 
 
+def check_setting(name: str) -> None:
+    """Check that a dotted name is a setting.
+
+    Raises:
+        ConfigError: with the nearest name, for another name and for a whole section.
+    """
+    if name not in _HINTS or dataclasses.is_dataclass(_HINTS[name]):
+        raise ConfigError(f"{name}: no such setting; the nearest is {_nearest(name, _HINTS)}")
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file whose keys are names, none of them twice.
+
+    Raises:
+        ConfigError: with the file.
+    """
+    try:
+        return _parse_yaml(path)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
 def _words(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "{" + ",".join(typing.get_args(hint)) + "}"

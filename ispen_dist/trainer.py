@@ -341,7 +341,8 @@ class Trainer:
             self._evaluate_and_select()
         self.selection.load()
         threshold = self.selection.dev.get("threshold")
-        test = self._evaluate(self.splits.test, threshold) if self.splits.test else {}
+        test_set = self.splits.test if self.config.train.read_test else None
+        test = self._evaluate(test_set, threshold) if test_set else {}
         summary = {
             "task": self.config.data.task,
             "method": self.config.train.method,
@@ -349,6 +350,7 @@ class Trainer:
             "world_size": self.session.num_ranks,
             "runtime": self.session.runtime.name,
             "rounds": self.round,
+            "train_examples": len(self.splits.train),
             "seconds": round(self.seconds, 3),
             "dev": self.selection.dev,
             "test": test,

@@ -1,125 +1,154 @@
-"""Compare methods on one configuration over several seeds, and print the table of the README.
+"""Make a table of the README: methods on a task, tuned on dev with equal budgets.
 
-    python launcher/reproduce.py --config configs/bibtex.yaml --seeds 3
+    python launcher/reproduce.py --table bibtex --jobs 2
 
-Each run is an ordinary `launcher/train.py` run in its own folder under `--runs`; runs whose
-summary is already there are not repeated, so the command can be stopped and started again. Test is
-read once per run, by the run itself, after selection on dev.
+Tunes every method of configs/tables/NAME.yaml with the same number of runs, trains it once per
+seed with the chosen settings, reads test once per seed, and writes profiling/results/NAME.csv, .md
+and .png. Started again it goes on where it was. Exit code 1 if a run failed.
 """
 
 import argparse
-import csv
-import json
-import statistics
-import subprocess
+import os
+import shlex
+import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
+from ispen_dist.command_line import load_config
+from ispen_dist.config import ConfigError
+from ispen_dist.exits import Exit
+from ispen_dist.tables.definition import TableDefinition, TableError, read_table, table_paths
+from ispen_dist.tables.grid import Grid
+from ispen_dist.tables.progress import TableProgress
+from ispen_dist.tables.runs import LocalRuns, Runs, SlurmRuns
+
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = ("mle", "explicit", "implicit")
-COLUMNS = (
-    "dataset", "method", "metric", "test_mean", "test_std", "dev_mean", "seeds",
-    "seconds_per_round", "overhead",
-)  # fmt: skip
+ONE_GPU = "--nodes 1 --gpus-per-node 1"
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run: a method and a seed of a configuration."""
-
-    config: Path
-    method: str
-    seed: int
-    folder: Path
-
-    def run(self) -> dict:
-        """Train unless done, and return the summary."""
-        summary = self.folder / "summary.json"
-        if not summary.exists():
-            command = [
-                sys.executable, str(ROOT / "launcher" / "train.py"), "--config", str(self.config),
-                "--output", str(self.folder), f"--train.method={self.method}",
-                f"--train.seed={self.seed}", "--train.num_threads=1",
-            ]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise SystemExit(f"error: {' '.join(command)}\n{done.stdout}{done.stderr}")
-        return json.loads(summary.read_text("utf-8"))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    arguments = parse_arguments(argv)
+    console = Console(soft_wrap=True)
+    tables, methods = arguments.tables, arguments.method_files
+    if arguments.list:
+        list_tables([read_table(path, methods) for path in table_paths(tables)], console)
+        return Exit.DONE
+    try:
+        return make_table(arguments, console)
+    except (ConfigError, TableError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return Exit.CONFIGURATION
 
 
-def table_rows(dataset: str, summaries: dict[str, list[dict]]) -> list[list]:
-    """Return one CSV row for every method and metric."""
-    per_round = {
-        method: statistics.median(s["seconds"] / s["rounds"] for s in runs)
-        for method, runs in summaries.items()
-    }
-    base = per_round.get("mle", next(iter(per_round.values())))
-    rows = []
-    for method, runs in summaries.items():
-        for metric in (name for name in runs[0]["test"] if name != "threshold"):
-            test = [run["test"][metric] for run in runs]
-            dev = [run["dev"][metric] for run in runs]
-            spread = statistics.stdev(test) if len(test) > 1 else 0.0
-            rows.append(
-                [dataset, method, metric, f"{statistics.mean(test):.4f}", f"{spread:.4f}",
-                 f"{statistics.mean(dev):.4f}", len(runs), f"{per_round[method]:.3f}",
-                 f"{per_round[method] / base:.2f}"]
-            )  # fmt: skip
-    return rows
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the flags."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--table", metavar="NAME", help="a file of configs/tables/, without .yaml")
+    what.add_argument("--list", action="store_true", help="show all tables and what they cost")
+    add("--methods", help="comma-separated; default: all of the table")
+    add("--seeds", type=int, help="final runs of a method; default: as the table says")
+    add("--budget", type=int, help="tuning runs of a method; default: as the table says")
+    add("--jobs", type=int, default=2, help="runs at a time; default 2")
+    add("--gpus", type=int, default=0, help="GPUs of this machine, one run at a time on each")
+    add("--slurm", nargs="?", const=ONE_GPU, metavar="FLAGS",
+        help=f'as SLURM jobs, with flags of launcher/slurm.py; default "{ONE_GPU}"')  # fmt: skip
+    add("--runs", type=Path, default=Path("runs/tables"), help="run folders; default runs/tables")
+    add("--output", type=Path, default=ROOT / "profiling" / "results", help="folder of the table")
+    add("--tables", type=Path, default=ROOT / "configs" / "tables", help="folder of tables")
+    add("--method-files", type=Path, default=ROOT / "configs" / "methods", help="and of methods")
+    arguments = parser.parse_args(argv)
+    for name, least in (("seeds", 1), ("budget", 0), ("jobs", 1), ("gpus", 0)):
+        count = getattr(arguments, name)
+        if count is not None and count < least:
+            parser.error(f"--{name}: expected a whole number of at least {least}, got {count}")
+    if arguments.gpus and arguments.slurm:
+        parser.error("expected --gpus or --slurm, got both; GPUs of jobs are flags of --slurm")
+    return arguments
 
 
-def print_table(rows: list[list]) -> None:
-    """Print the rows for the console and as Markdown."""
-    table = Table()
-    for column in COLUMNS:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console(width=140).print(table)
-    print("| " + " | ".join(COLUMNS) + " |")
-    print("|" + "---|" * len(COLUMNS))
-    for row in rows:
-        print("| " + " | ".join(map(str, row)) + " |")
+def make_table(arguments: argparse.Namespace, console: Console) -> int:
+    """Run what is missing and write the table of what is complete."""
+    table = find_table(arguments)
+    methods = choose_methods(table, arguments.methods)
+    grid = Grid(
+        table=table,
+        methods=methods,
+        budget=table.budget if arguments.budget is None else arguments.budget,
+        seeds=arguments.seeds or table.seeds,
+        folder=arguments.runs.resolve() / table.name,
+        runs=find_runs(arguments),
+        jobs=arguments.gpus or arguments.jobs,
+    )
+    # Runs that are alive save and end; the same command goes on.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with TableProgress(grid.num_runs, console) as progress:
+            grid.run(progress)
+    except KeyboardInterrupt:
+        print("stopped; start the same command again to go on", file=sys.stderr)
+        return Exit.REQUEUE
+    written = grid.write(arguments.output)
+    console.print(Markdown(written[1].read_text("utf-8")), soft_wrap=False)
+    console.print(f"written: {', '.join(map(str, written))}")
+    for failure in grid.failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if grid.failures else Exit.DONE
 
 
-def main() -> None:
-    """Run the grid as the command line says."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated; default all")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1; default 3")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; default 2")
-    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--output", type=Path, help="CSV file to write")
-    arguments = parser.parse_args()
-    methods = arguments.methods.split(",")
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        parser.error(f"--methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
-    name = arguments.config.stem
-    jobs = [
-        Job(arguments.config, method, seed, arguments.runs / f"{name}-{method}-{seed}")
-        for seed in range(arguments.seeds)
-        for method in methods
-    ]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        results = list(pool.map(Job.run, jobs))
-    summaries = {
-        method: [r for job, r in zip(jobs, results, strict=True) if job.method == method]
-        for method in methods
-    }
-    rows = table_rows(name, summaries)
-    print_table(rows)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.output.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+def find_table(arguments: argparse.Namespace) -> TableDefinition:
+    """Read the table that the command names."""
+    path = arguments.tables / f"{arguments.table}.yaml"
+    if not path.is_file():
+        known = ", ".join(p.stem for p in table_paths(arguments.tables))
+        raise TableError(f"--table: expected one of {known}, got {arguments.table!r}")
+    table = read_table(path, arguments.method_files)
+    table.check_files()
+    return table
+
+
+def choose_methods(table: TableDefinition, names: str | None) -> list[str]:
+    """Return the methods to run, in the table's order."""
+    known = list(table.method_files)
+    wanted = known if names is None else names.split(",")
+    if unknown := [name for name in wanted if name not in known]:
+        raise TableError(f"--methods: expected some of {', '.join(known)}, got {unknown[0]!r}")
+    return [name for name in known if name in wanted]
+
+
+def find_runs(arguments: argparse.Namespace) -> Runs:
+    """Return where the runs go."""
+    launcher = ROOT / "launcher"
+    if arguments.slurm:
+        return SlurmRuns(launcher / "slurm.py", shlex.split(arguments.slurm))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = visible.split(",") if visible else [str(i) for i in range(arguments.gpus)]
+    return LocalRuns([sys.executable, str(launcher / "train.py")], gpus[: arguments.gpus])
+
+
+def list_tables(tables: Sequence[TableDefinition], console: Console) -> None:
+    """Print every table with its size."""
+    shown = Table("table", "methods", "budget", "seeds", "runs", "rounds")
+    for table in tables:
+        runs = len(table.method_files) * (table.budget + table.seeds)
+        try:
+            train = load_config(table.config).train
+            rounds = f"{runs * (train.warmup_rounds + train.max_outer_steps):,}"
+        except ConfigError as error:
+            rounds = str(error)
+        counts = (len(table.method_files), table.budget, table.seeds, runs)
+        shown.add_row(table.name, *map(str, counts), rounds)
+    console.print(shown, soft_wrap=False)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

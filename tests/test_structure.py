@@ -34,6 +34,7 @@ LAYERS = [
     ["source"],
     ["recording"],
     ["trainer"],
+    ["tables"],
 ]
 DISTRIBUTED_WORDS = {"accelerate", "deepspeed", "torch.distributed"}
 

@@ -45,6 +45,8 @@ class TrainConfig:
     """When a checkpoint or a record cannot be written: stop the run with exit code 5, so that no
     time goes into what may never be kept, or warn, continue and try again at the next save. A run
     that ends with something unwritten has exit code 5 as well. The last good checkpoint stays."""
+    read_test: bool = True
+    """Evaluate on test at the end. A run that only helps to choose settings leaves test alone."""
     log_every: int = 1
     """Rounds between rows of metrics.jsonl."""
     on_not_finite: Literal["skip", "back_off", "stop"] = "skip"

@@ -1,0 +1,1 @@
+"""Tables of methods on a task: tuned on dev with equal budgets, read once on test, compared."""

@@ -1,0 +1,195 @@
+"""What a table compares: a file of `configs/tables/`, read and checked.
+
+config: ../bibtex.yaml               # the task, relative to this file
+methods: [mle, nce_explicit]         # files of configs/methods/
+reference: mle                       # what the others are tested against, seed by seed
+metric: example_f1_at_0.5            # of dev; chooses the settings
+significance: paired_t               # or wilcoxon
+budget: 8                            # tuning runs of every method
+seeds: 5                             # final runs of every method
+search:                              # setting: values, or a range
+  inner.energy_weight: {low: 0.01, high: 10.0, log: true}
+  outer.optimizer.learning_rate: [0.003, 0.01, 0.03]
+search_of:                           # in place of `search` for one method
+  mle: {inner.optimizer.learning_rate: [0.001, 0.003]}
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ispen_dist.command_line import check_setting, read_yaml
+from ispen_dist.config import ConfigError
+
+SIGNIFICANCE = ("paired_t", "wilcoxon")
+_REQUIRED = ("config", "methods", "reference", "metric", "search")
+_OPTIONAL = ("significance", "budget", "seeds", "search_of")
+
+
+class TableError(ValueError):
+    """A table that cannot be made; the message names file and key, and says what to do."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """A range of numbers to search, uniformly or in the logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+Space = Mapping[str, Range | tuple[Any, ...]]
+"""Values to search by dotted setting."""
+
+
+@dataclass(frozen=True)
+class TableDefinition:
+    """A table of methods on one task.
+
+    Attributes:
+        name: of the file, and of what is written.
+        config: file of the task.
+        method_files: file of each method, in the order of the table.
+        reference: the method that the others are tested against.
+        metric: of dev; the largest value chooses the settings.
+        significance: `paired_t` or `wilcoxon`.
+        budget: tuning runs of every method; 0 takes the files' own settings.
+        seeds: final runs of every method.
+        spaces: what is searched, by method.
+    """
+
+    name: str
+    config: Path
+    method_files: Mapping[str, Path]
+    reference: str
+    metric: str
+    significance: str
+    budget: int
+    seeds: int
+    spaces: Mapping[str, Space]
+
+    def check_files(self) -> None:
+        """Check that the files of the task and of all methods are there.
+
+        Raises:
+            TableError: for the first that is not.
+        """
+        for path in (self.config, *self.method_files.values()):
+            if not path.is_file():
+                raise TableError(f"table {self.name}: expected the file {path}, found none")
+
+
+def read_table(path: Path, method_folder: Path) -> TableDefinition:
+    """Read and check a table; whether the files it names are there is `check_files`.
+
+    Raises:
+        TableError: with file, key, what was expected and what was found.
+    """
+    try:
+        values = read_yaml(path)
+        return _Reader(path, method_folder).table(values)
+    except ConfigError as error:
+        raise TableError(str(error)) from None
+
+
+class _Reader:
+    """Checks the values of one file."""
+
+    def __init__(self, path: Path, method_folder: Path) -> None:
+        self.path, self.method_folder = path, method_folder
+
+    def check(self, holds: bool, key: str, expected: str, found: object) -> None:
+        if not holds:
+            raise TableError(f"{self.path}: {key}: expected {expected}, found {found!r:.80}")
+
+    def table(self, values: Any) -> TableDefinition:
+        self.check(isinstance(values, Mapping), "the file", "a mapping", values)
+        for key in values:
+            known = (*_REQUIRED, *_OPTIONAL)
+            self.check(key in known, str(key), f"one of the keys {', '.join(known)}", key)
+        for key in _REQUIRED:
+            self.check(key in values, key, "a value", "nothing")
+        methods = self._methods(values["methods"])
+        reference = values["reference"]
+        self.check(reference in methods, "reference", f"one of {', '.join(methods)}", reference)
+        significance = values.get("significance", "paired_t")
+        self.check(
+            significance in SIGNIFICANCE, "significance", " or ".join(SIGNIFICANCE), significance
+        )
+        return TableDefinition(
+            name=self.path.stem,
+            config=(self.path.parent / self._text(values, "config")).resolve(),
+            method_files={m: self.method_folder / f"{m}.yaml" for m in methods},
+            reference=reference,
+            metric=self._text(values, "metric"),
+            significance=significance,
+            budget=self._count(values, "budget", 8, at_least=0),
+            seeds=self._count(values, "seeds", 5, at_least=1),
+            spaces=self._spaces(methods, values["search"], values.get("search_of", {})),
+        )
+
+    def _methods(self, methods: Any) -> list[str]:
+        names = isinstance(methods, list) and all(isinstance(m, str) for m in methods)
+        self.check(names and bool(methods), "methods", "a list of names", methods)
+        twice = [m for m in methods if methods.count(m) > 1]
+        self.check(not twice, "methods", "every name once", twice)
+        return methods
+
+    def _text(self, values: Mapping[str, Any], key: str) -> str:
+        text = values[key]
+        self.check(isinstance(text, str) and bool(text), key, "a text", text)
+        return text
+
+    def _count(self, values: Mapping[str, Any], key: str, default: int, at_least: int) -> int:
+        count = values.get(key, default)
+        whole = isinstance(count, int) and not isinstance(count, bool)
+        self.check(
+            whole and count >= at_least, key, f"a whole number of at least {at_least}", count
+        )
+        return count
+
+    def _spaces(self, methods: list[str], search: Any, search_of: Any) -> dict[str, Space]:
+        shared = self._space("search", search)
+        self.check(isinstance(search_of, Mapping), "search_of", "a mapping of methods", search_of)
+        for method in search_of:
+            known = f"one of {', '.join(methods)}"
+            self.check(method in methods, f"search_of.{method}", known, method)
+        own = {m: self._space(f"search_of.{m}", space) for m, space in search_of.items()}
+        return {method: own.get(method, shared) for method in methods}
+
+    def _space(self, key: str, space: Any) -> Space:
+        full = isinstance(space, Mapping) and bool(space)
+        self.check(full, key, "a mapping of at least one setting", space)
+        for setting in space:
+            try:
+                check_setting(setting)
+            except ConfigError as error:
+                raise TableError(f"{self.path}: {key}: {error}") from None
+        return {name: self._values(f"{key}.{name}", values) for name, values in space.items()}
+
+    def _values(self, key: str, values: Any) -> Range | tuple[Any, ...]:
+        if isinstance(values, list):
+            plain = all(isinstance(v, bool | int | float | str) for v in values)
+            self.check(plain and bool(values), key, "a list of plain values", values)
+            return tuple(values)
+        expected = "a list of values, or {low: .., high: .., log: true or false}"
+        self.check(isinstance(values, Mapping), key, expected, values)
+        self.check(
+            {"low", "high"} <= values.keys() <= {"low", "high", "log"}, key, expected, values
+        )
+        low, high, log = values["low"], values["high"], values.get("log", False)
+        self.check(isinstance(log, bool), f"{key}.log", "true or false", log)
+        for name, bound in (("low", low), ("high", high)):
+            number = isinstance(bound, int | float) and not isinstance(bound, bool)
+            self.check(number and math.isfinite(bound), f"{key}.{name}", "a number", bound)
+        self.check(low < high, f"{key}.high", f"a number above low={low}", high)
+        self.check(low > 0 or not log, f"{key}.low", "a number above 0 with log: true", low)
+        return Range(float(low), float(high), log)
+
+
+def table_paths(folder: Path) -> Iterator[Path]:
+    """Yield the files of all tables in a folder, by name."""
+    yield from sorted(folder.glob("*.yaml"))

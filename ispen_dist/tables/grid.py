@@ -1,0 +1,157 @@
+"""All runs of a table: every method tuned, then trained once per seed; whatever is done stays.
+
+RUNS/NAME/METHOD/study.journal        Optuna's memory
+RUNS/NAME/METHOD/tuning/trial-000/    a tuning run, with trial-000.log beside it
+RUNS/NAME/METHOD/chosen.yaml          the chosen settings
+RUNS/NAME/METHOD/seed-0/              a final run, with seed-0.log beside it
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ispen_dist.data.output_file import replacing
+from ispen_dist.recording.run_lock import RunLock
+from ispen_dist.tables.definition import TableDefinition, TableError
+from ispen_dist.tables.picture import draw
+from ispen_dist.tables.progress import TableProgress
+from ispen_dist.tables.runs import Interrupted, Run, RunFailed, Runs
+from ispen_dist.tables.summary import FinalRun, csv_text, final_run, markdown_text, table_rows
+from ispen_dist.tables.tuning import Tuning
+
+
+@dataclass
+class Grid:
+    """The runs of one table.
+
+    Args:
+        table: which table.
+        methods: those of its methods that are run.
+        budget: tuning runs of every method.
+        seeds: final runs of every method, with seeds 0 to N-1.
+        folder: of the runs of this table.
+        runs: where they are executed.
+        jobs: runs at a time.
+
+    Attributes:
+        failures: what failed, in words, with the log.
+    """
+
+    table: TableDefinition
+    methods: Sequence[str]
+    budget: int
+    seeds: int
+    folder: Path
+    runs: Runs
+    jobs: int
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def num_runs(self) -> int:
+        """Runs in all."""
+        return len(self.methods) * (self.budget + self.seeds)
+
+    def run(self, progress: TableProgress) -> None:
+        """Do what is not done; a run that fails ends its method's tuning, and nothing else.
+
+        Raises:
+            ConfigError: where another command works in the folder.
+        """
+        lock = RunLock(self.folder)
+        lock.take()
+        try:
+            with ThreadPoolExecutor(self.jobs) as pool, self._stopping(pool):
+                # Methods that are tuned hand their final runs to the same workers.
+                pending: set[Future] = {
+                    pool.submit(self._tune, method, progress) for method in self.methods
+                }
+                while pending:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    more = [run for future in done for run in self._next(future)]
+                    pending |= {pool.submit(self._run, run, progress) for run in more}
+        finally:
+            lock.release()
+
+    @contextmanager
+    def _stopping(self, pool: ThreadPoolExecutor) -> Iterator[None]:
+        """End all runs, saved, when the command is told to end or fails itself."""
+        try:
+            yield
+        except BaseException:
+            self.runs.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+    def _tune(self, method: str, progress: TableProgress) -> list[Run]:
+        """Tune a method and return its final runs."""
+
+        def execute(run: Run) -> dict[str, Any]:
+            return self._run(run, progress)
+
+        own = self.folder / method
+        tuning = Tuning(self.table, method, own, self.budget, execute)
+        settings = tuning.run()
+        return [
+            Run(tuning.files, {**settings, "train.seed": seed}, self._final(method, seed))
+            for seed in range(self.seeds)
+        ]
+
+    def _final(self, method: str, seed: int) -> Path:
+        return self.folder / method / f"seed-{seed}"
+
+    def _run(self, run: Run, progress: TableProgress) -> dict[str, Any]:
+        name = str(run.folder.relative_to(self.folder))
+        progress.begin()
+        dev = None
+        try:
+            summary = self.runs(run)
+            dev = summary["dev"].get(self.table.metric, float("nan"))
+        finally:
+            progress.end(name, dev)
+        return summary
+
+    def _next(self, done: Future) -> list[Run]:
+        """Return the final runs that a tuned method asks for; note what failed."""
+        try:
+            result = done.result()
+        except (RunFailed, TableError) as error:
+            self.failures.append(str(error))
+            return []
+        except Interrupted:
+            return []
+        return result if isinstance(result, list) else []
+
+    def complete(self) -> dict[str, list[FinalRun]]:
+        """Return the final runs of the methods of which every seed is done."""
+        found = {}
+        for method in self.methods:
+            runs = [self._read(self._final(method, seed)) for seed in range(self.seeds)]
+            if done := [run for run in runs if run is not None]:
+                found[method] = done
+        return {method: done for method, done in found.items() if len(done) == self.seeds}
+
+    @staticmethod
+    def _read(folder: Path) -> FinalRun | None:
+        summary = Run((), {}, folder).summary()
+        if summary is None:
+            return None
+        return final_run(summary, yaml.safe_load((folder / "config.yaml").read_text("utf-8")))
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write NAME.csv, NAME.md and NAME.png of what is complete; return the files."""
+        runs = self.complete()
+        rows = table_rows(self.table, runs)
+        missing = [method for method in self.methods if method not in runs]
+        text = markdown_text(self.table, rows, missing, self.budget, self.seeds)
+        paths = [folder / f"{self.table.name}.{suffix}" for suffix in ("csv", "md", "png")]
+        with replacing(paths[0]) as csv_file, replacing(paths[1]) as markdown_file:
+            csv_file.write_text(csv_text(self.table, rows), "utf-8")
+            markdown_file.write_text(text, "utf-8")
+        with replacing(paths[2]) as picture:
+            draw(self.table, rows).savefig(picture, format="png")
+        return paths

@@ -1,0 +1,64 @@
+"""Progress of a table: one line that stays on a terminal, plain lines elsewhere."""
+
+import threading
+from collections import Counter
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class TableProgress:
+    """Counts runs that are done, running and failed; use it as a context, from any thread.
+
+    Args:
+        total: runs of the table.
+        console: where to write.
+    """
+
+    def __init__(self, total: int, console: Console) -> None:
+        self.total, self._console = total, console
+        self.counts: Counter[str] = Counter()
+        self.best: tuple[float, str] | None = None
+        self._lock = threading.Lock()
+        self._bar = Progress(
+            TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}"), console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> "TableProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self) -> None:
+        """Count a run that starts."""
+        with self._lock:
+            self.counts["running"] += 1
+            self._refresh()
+
+    def end(self, name: str, dev: float | None) -> None:
+        """Count a run that ended, with its dev metric, or None for one that failed."""
+        with self._lock:
+            self.counts["running"] -= 1
+            self.counts["done" if dev is not None else "failed"] += 1
+            if dev is not None and (self.best is None or dev > self.best[0]):
+                self.best = (dev, name)
+            self._refresh()
+            if not self._console.is_terminal:
+                figure = "failed" if dev is None else f"dev {dev:.4f}"
+                self._console.print(f"{name}: {figure}; {self}", soft_wrap=True, highlight=False)
+
+    def _refresh(self) -> None:
+        self._bar.update(self._task, completed=self.counts["done"], description=str(self))
+
+    def __str__(self) -> str:
+        counts = self.counts
+        text = f"done {counts['done']} of {self.total}, running {counts['running']}"
+        if counts["failed"]:
+            text += f", failed {counts['failed']}"
+        if self.best is not None:
+            text += f"; best dev {self.best[0]:.4f} by {self.best[1]}"
+        return text

@@ -1,0 +1,249 @@
+"""Tables of methods: resume, equal budgets, test left alone, statistics, malformed files."""
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+from scipy import stats
+
+from ispen_dist.exits import Exit
+from ispen_dist.tables.definition import TableError, read_table, table_paths
+from ispen_dist.tables.grid import Grid
+from ispen_dist.tables.progress import TableProgress
+from ispen_dist.tables.runs import LocalRuns, Run, RunFailed
+from ispen_dist.tables.summary import FinalRun, csv_text, markdown_text, p_value, table_rows
+
+ROOT = Path(__file__).parent.parent
+TABLE = {
+    "config": "task.yaml",
+    "methods": ["mle", "nce_explicit", "nce_implicit"],
+    "reference": "mle",
+    "metric": "f1",
+    "budget": 3,
+    "seeds": 2,
+    "search": {"inner.energy_weight": {"low": 0.1, "high": 10.0, "log": True}},
+    "search_of": {"mle": {"inner.steps": [5, 10]}},
+}
+
+
+class FakeRuns:
+    """Trains nothing: writes what a run leaves, and remembers what it was asked for."""
+
+    def __init__(self, dies_before=None, fails=None):
+        self.asked: list[Run] = []
+        self.dies_before, self.fails = dies_before, fails or (lambda run: None)
+
+    def __call__(self, run):
+        if summary := run.summary():
+            return summary
+        if self.dies_before is not None and len(self.asked) == self.dies_before:
+            raise KeyboardInterrupt
+        self.asked.append(run)
+        if code := self.fails(run):
+            raise RunFailed(run, code, run.log)
+        weight = run.settings.get("inner.energy_weight", 1.0)
+        dev = {"f1": 0.5 - abs(weight - 2.0) / 100, "threshold": 0.3}
+        read = run.settings.get("train.read_test", True)
+        test = {"f1": 0.4 + run.settings["train.seed"] / 100, "threshold": 0.3} if read else {}
+        run.folder.mkdir(parents=True)
+        config = {"inner": {"energy_weight": weight, "steps": 10, "batch_size": 5}}
+        (run.folder / "config.yaml").write_text(yaml.safe_dump(config))
+        summary = {"dev": dev, "test": test, "seconds": 8.0, "rounds": 4, "train_examples": 100}
+        (run.folder / "summary.json").write_text(json.dumps(summary))
+        return summary
+
+    def stop(self):
+        pass
+
+
+@pytest.fixture
+def table(tmp_path):
+    for method in TABLE["methods"]:
+        (tmp_path / f"{method}.yaml").write_text("train: {method: mle}\n")
+    (tmp_path / "task.yaml").write_text("data: {}\n")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TABLE))
+    return read_table(tmp_path / "tiny.yaml", tmp_path)
+
+
+def go(table, folder, runs, **changes):
+    settings = {"methods": list(table.method_files), "budget": table.budget, "seeds": table.seeds}
+    grid = Grid(table=table, folder=folder, runs=runs, jobs=1, **(settings | changes))
+    with TableProgress(grid.num_runs, Console(file=io.StringIO())) as progress:
+        grid.run(progress)
+    return grid
+
+
+def asked(runs, folder):
+    return {str(r.folder.relative_to(folder)): dict(r.settings) for r in runs.asked}
+
+
+def test_every_method_has_the_same_trials_and_tuning_leaves_test_alone(table, tmp_path):
+    runs = FakeRuns()
+    grid = go(table, tmp_path / "runs", runs)
+    for method in table.method_files:
+        own = tmp_path / "runs" / method
+        trials = sorted((own / "tuning").iterdir())
+        assert [t.name for t in trials] == ["trial-000", "trial-001", "trial-002"]
+        assert not any(json.loads((t / "summary.json").read_text())["test"] for t in trials)
+        for seed in range(2):
+            assert json.loads((own / f"seed-{seed}" / "summary.json").read_text())["test"]
+    assert not grid.failures
+    settings = asked(runs, tmp_path / "runs")
+    own = {"train.seed": 0, "train.read_test": False}
+    assert all(settings[f"{m}/tuning/trial-000"] == own for m in table.method_files)
+    tried = [settings[f"nce_implicit/tuning/trial-00{i}"] for i in (1, 2)]
+    weights = [1.0, *(t["inner.energy_weight"] for t in tried)]
+    best = min(weights, key=lambda w: abs(w - 2.0))
+    chosen = yaml.safe_load((tmp_path / "runs" / "nce_implicit" / "chosen.yaml").read_text())
+    assert chosen.get("inner", {}).get("energy_weight", 1.0) == best
+    assert settings["nce_implicit/seed-1"].get("inner.energy_weight", 1.0) == best
+
+
+@pytest.mark.parametrize("dies_before", [0, 1, 4, 9, 14])
+def test_a_command_that_was_killed_goes_on_as_if_it_had_not_been(table, tmp_path, dies_before):
+    whole = FakeRuns()
+    go(table, tmp_path / "whole", whole)
+    first, second = FakeRuns(dies_before=dies_before), FakeRuns()
+    with pytest.raises(KeyboardInterrupt):
+        go(table, tmp_path / "runs", first)
+    go(table, tmp_path / "runs", second)
+    parts = [asked(runs, tmp_path / "runs") for runs in (first, second)]
+    assert not parts[0].keys() & parts[1].keys()
+    assert parts[0] | parts[1] == asked(whole, tmp_path / "whole")
+    third = FakeRuns()
+    go(table, tmp_path / "runs", third)
+    assert not third.asked
+
+
+def test_settings_that_diverge_are_a_trial_and_other_failures_are_tried_again(table, tmp_path):
+    def fails(run):
+        if "nce_explicit/tuning/trial-001" in str(run.folder):
+            return Exit.NOT_FINITE
+        return Exit.DISK if "nce_implicit/tuning/trial-001" in str(run.folder) else None
+
+    grid = go(table, tmp_path / "runs", FakeRuns(fails=fails))
+    (failure,) = grid.failures
+    assert "nce_implicit/tuning/trial-001" in failure
+    assert "exit code 5; log:" in failure
+    assert set(grid.complete()) == {"mle", "nce_explicit"}
+    paths = grid.write(tmp_path / "out")
+    rows = list(csv.DictReader(paths[0].open()))
+    assert {row["method"] for row in rows} == {"mle", "nce_explicit"}
+    assert "left out: nce_implicit" in paths[1].read_text()
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+    again = FakeRuns()
+    go(table, tmp_path / "runs", again)
+    names = [f"nce_implicit/{name}" for name in ("tuning/trial-001", "tuning/trial-002", "seed-0")]
+    assert list(asked(again, tmp_path / "runs")) == [*names, "nce_implicit/seed-1"]
+
+
+def test_another_budget_or_search_in_the_same_folder_is_refused(table, tmp_path):
+    go(table, tmp_path / "runs", FakeRuns())
+    grid = go(table, tmp_path / "runs", FakeRuns(), budget=5)
+    assert len(grid.failures) == 3
+    assert "expected runs of budget 5, found 3" in grid.failures[0]
+    table.config.write_text("data: {task: tagging}\n")
+    runs = FakeRuns()
+    assert "expected runs of files" in go(table, tmp_path / "runs", runs).failures[0]
+    assert not runs.asked
+
+
+def test_statistics_are_those_of_scipy_and_numpy(table):
+    draw = np.random.default_rng(0)
+    values = {m: draw.normal(0.4, 0.01, 6) for m in table.method_files}
+    seconds = {"mle": 1.0, "nce_explicit": 1.5, "nce_implicit": 3.0}
+    runs = {
+        m: [FinalRun({"f1": v}, {"f1": v + 0.1}, seconds[m]) for v in own.tolist()]
+        for m, own in values.items()
+    }
+    rows = {row.method: row for row in table_rows(table, runs)}
+    for method, own in values.items():
+        assert rows[method].mean == pytest.approx(np.mean(own))
+        assert rows[method].std == pytest.approx(np.std(own, ddof=1))
+        assert rows[method].dev_mean == pytest.approx(np.mean(own) + 0.1)
+    assert rows["mle"].p_value is None
+    expected = stats.ttest_rel(values["nce_implicit"], values["mle"]).pvalue
+    assert rows["nce_implicit"].p_value == pytest.approx(expected)
+    difference = values["nce_implicit"] - values["mle"]
+    ranked = p_value(values["nce_implicit"], values["mle"], "wilcoxon")
+    assert ranked == pytest.approx(stats.wilcoxon(difference).pvalue)
+    assert p_value([0.4, 0.5], [0.4, 0.5], "paired_t") == 1.0
+    assert p_value([0.4], [0.5], "paired_t") is None
+    assert (rows["nce_implicit"].overhead, rows["nce_implicit"].implicit_overhead) == (3.0, 2.0)
+    assert (rows["nce_explicit"].overhead, rows["nce_explicit"].implicit_overhead) == (1.5, None)
+    text = csv_text(table, list(rows.values())).splitlines()
+    assert text[0].endswith("test_mean,test_std,dev_mean,seeds,seconds_per_epoch,overhead")
+    assert text[3].endswith(",6,3.000,3.00")
+    assert f"{expected:.4f}" in markdown_text(table, list(rows.values()), [], 3, 6)
+
+
+def test_an_epoch_is_as_many_inner_steps_as_read_all_examples_once(table, tmp_path):
+    grid = go(table, tmp_path / "runs", FakeRuns())
+    # 8 seconds for 4 rounds of 10 x 5 of 100 examples.
+    assert grid.complete()["mle"][0].seconds_per_epoch == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": None}, "config: expected a text, found None"),
+        ({"methods": "mle"}, "methods: expected a list of names, found 'mle'"),
+        ({"methods": ["mle", "mle"]}, "methods: expected every name once"),
+        ({"reference": "crf"}, "reference: expected one of mle, nce_explicit"),
+        ({"seeds": 0}, "seeds: expected a whole number of at least 1, found 0"),
+        ({"budget": True}, "budget: expected a whole number of at least 0, found True"),
+        ({"significance": "z"}, "significance: expected paired_t or wilcoxon, found 'z'"),
+        ({"colour": 1}, "colour: expected one of the keys config"),
+        ({"search": {}}, "search: expected a mapping of at least one setting"),
+        ({"search": {"inner.stepz": [1]}}, "inner.stepz: no such setting; the nearest is inner.s"),
+        ({"search": {"inner.steps": []}}, "search.inner.steps: expected a list of plain values"),
+        ({"search": {"inner.steps": {"low": 1}}}, "search.inner.steps: expected a list of values"),
+        ({"search": {"inner.steps": {"low": 2, "high": 1}}}, "high: expected a number above low=2"),
+        (
+            {"search": {"inner.steps": {"low": 0, "high": 1, "log": True}}},
+            "low: expected a number above 0",
+        ),
+        ({"search_of": {"crf": {}}}, "search_of.crf: expected one of mle"),
+    ],
+)
+def test_a_malformed_table_is_named_with_its_key(write, tmp_path, change, message):
+    path = write(yaml.safe_dump(TABLE | change), "bad.yaml")
+    with pytest.raises(TableError) as error:
+        read_table(path, tmp_path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+
+
+def test_a_key_that_is_missing_or_there_twice_is_refused(write, tmp_path):
+    incomplete = {k: v for k, v in TABLE.items() if k != "metric"}
+    path = write(yaml.safe_dump(incomplete))
+    with pytest.raises(TableError, match="metric: expected a value, found 'nothing'"):
+        read_table(path, tmp_path)
+    path = write(yaml.safe_dump(TABLE) + "seeds: 3\n")
+    with pytest.raises(TableError, match="key seeds twice"):
+        read_table(path, tmp_path)
+
+
+@pytest.mark.parametrize("path", table_paths(ROOT / "configs" / "tables"), ids=lambda p: p.stem)
+def test_the_tables_of_the_project_are_well_formed(path):
+    table = read_table(path, ROOT / "configs" / "methods")
+    assert table.config.name == path.name
+    implicit = [m for m in table.method_files if m.endswith("_implicit")]
+    assert {f"{m.removesuffix('_implicit')}_explicit" for m in implicit} <= set(table.method_files)
+
+
+def test_a_local_run_has_its_gpu_its_flags_and_its_log(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[1:])")
+    run = Run((Path("a"), Path("b")), {"inner.steps": 2, "outer.dropout": False}, tmp_path / "run")
+    with pytest.raises(RunFailed, match=r"exit code 0; log: .*run\.log"):
+        LocalRuns([sys.executable, str(script)], gpus=["3"])(run)
+    log = run.log.read_text()
+    assert log.startswith("3 ['--config', 'a', '--config', 'b', '--output', ")
+    assert "'--inner.steps=2', '--outer.dropout=false'" in log
