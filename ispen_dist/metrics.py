@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Codec, TaggingCodec
+from ispen_dist.data.segmentation import SegmentationCodec
+from ispen_dist.models.output_spaces import BinaryImages
 
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 
@@ -91,6 +93,38 @@ def _example_f1_sum(gold: np.ndarray, predicted: np.ndarray) -> float:
     return float(mean) * len(gold)
 
 
+class SegmentationMetrics:
+    """Intersection over union of the foreground, of masks at threshold 0.5.
+
+    `mean_iou` is the mean over images, 1 for an empty prediction of an empty mask, and `global_iou`
+    that of all pixels together: the two figures of Gygli et al. (2017), Table 2. The background,
+    which some libraries average in, is not counted.
+    """
+
+    main = "mean_iou"
+
+    def zero(self) -> Tensor:
+        """Return the sums of no images: IoU, intersections, unions, images."""
+        return torch.zeros(4, dtype=torch.float64)
+
+    def sums(self, ybar: Tensor, batch: Batch) -> Tensor:
+        """Return the sums of IoU, of intersections and of unions, and the number of images."""
+        predicted = (ybar > 0.5).double()
+        gold = batch.target.double()
+        iou = 1.0 - BinaryImages().cost(predicted, gold)
+        overlap = (predicted * gold).sum((-1, -2))
+        union = (predicted + gold).sum((-1, -2)) - overlap
+        weight = batch.weight.double()
+        return (torch.stack([iou, overlap, union, torch.ones_like(iou)]) @ weight).cpu()
+
+    def finish(self, sums: Tensor, threshold: float | None) -> dict[str, float]:
+        """Return both figures; `threshold` is not used."""
+        iou, overlap, union, images = sums.tolist()
+        return {"mean_iou": iou / images, "global_iou": overlap / union if union else 1.0}
+
+
 def build_metrics(codec: Codec) -> Metrics:
     """Return the metrics of a kind of structure."""
-    return TaggingMetrics() if isinstance(codec, TaggingCodec) else MultiLabelMetrics()
+    if isinstance(codec, TaggingCodec):
+        return TaggingMetrics()
+    return SegmentationMetrics() if isinstance(codec, SegmentationCodec) else MultiLabelMetrics()

@@ -10,9 +10,11 @@ import numpy as np
 from ispen_dist.config import ConfigError
 from ispen_dist.data.arff import write_arff
 from ispen_dist.data.conll import write_conll, write_conllu
-from ispen_dist.data.datasets import MultiLabelDataset, TaggingDataset
+from ispen_dist.data.datasets import Dataset, MultiLabelDataset, TaggingDataset
+from ispen_dist.data.images import write_images
 from ispen_dist.data.loading import load_file
 from ispen_dist.data.npz import write_npz
+from ispen_dist.data.segmentation import SegmentationDataset
 from ispen_dist.data.svmlight import write_svmlight
 from ispen_dist.predictor import Predictor
 
@@ -60,6 +62,14 @@ def _write(
         _write_tags(predictor, dataset, source, target, probabilities)
     elif isinstance(dataset, MultiLabelDataset):
         _write_labels(predictor, dataset, target, probabilities, threshold)
+    elif isinstance(dataset, SegmentationDataset):
+        chance = _chances(predictor, dataset)
+        shown = chance if probabilities else None
+        write_images(target, dataset.table, chance > (threshold or 0.5), shown)
+
+
+def _chances(predictor: Predictor, dataset: Dataset) -> np.ndarray:
+    return np.concatenate([ybar.cpu().numpy() for _, ybar in predictor.predict(dataset)])
 
 
 def _write_tags(
@@ -90,7 +100,7 @@ def _write_labels(
     probabilities: bool,
     threshold: float | None,
 ) -> None:
-    chance = np.concatenate([ybar.cpu().numpy() for _, ybar in predictor.predict(dataset)])
+    chance = _chances(predictor, dataset)
     limit = threshold or predictor.threshold or 0.5
     predicted = (chance > limit).astype(np.uint8)
     shown = chance if probabilities else None

@@ -15,6 +15,7 @@ from ispen_dist.config import Config, OptimizerConfig
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Dataset
 from ispen_dist.data.loading import Splits, hold_out
+from ispen_dist.data.segmentation import augmentation
 from ispen_dist.diagnosis import Diagnosis
 from ispen_dist.distributed import Session
 from ispen_dist.distributed.runtime import check_runtime
@@ -107,7 +108,8 @@ class Trainer:
 
         def source(dataset: Dataset, batch_size: int, purpose: str) -> Source:
             order = derived_seed(seed, "order", purpose)
-            return Source(dataset, batch_size, order, self.session, dtype, buckets)
+            augment = augmentation(config.data, derived_seed(seed, "augmentation", purpose))
+            return Source(dataset, batch_size, order, self.session, dtype, buckets, augment)
 
         self.inner_source = source(inner_data, config.inner.batch_size, "inner")
         self.outer_source = source(outer_data, size, "outer")

@@ -17,7 +17,8 @@ from ispen_dist.config import (
     TrainConfig,
 )
 from ispen_dist.data.batch import Batch
-from ispen_dist.data.datasets import MultiLabelCodec, TaggingCodec
+from ispen_dist.data.datasets import Codec, MultiLabelCodec, TaggingCodec
+from ispen_dist.data.segmentation import SegmentationCodec
 from ispen_dist.data.token_features import HashedTokenFeatures
 from ispen_dist.linalg.operators import ComposedLoss
 from ispen_dist.linalg.trees import Tree
@@ -133,6 +134,42 @@ def tagging_config(network: str = "bilstm", **outer: object) -> Config:
     )
 
 
+def segmentation_codec() -> SegmentationCodec:
+    return SegmentationCodec((5, 4, 2), (0.0, 0.0), (1.0, 1.0))
+
+
+def segmentation_config(network: str = "fcn", **outer: object) -> Config:
+    net = NetworkConfig(name=network, hidden_size=1)  # type: ignore[arg-type]
+    return Config(
+        data=DataConfig(task="segmentation", format="npz", train=["x.npz"]),
+        inference_net=net,
+        energy=EnergyConfig(name="convolutional", features=net, num_units=1),
+        inner=InnerConfig(energy_weight=0.3),
+        outer=OuterConfig(**{"objective": "task", "num_samples": 3, **outer}),  # type: ignore[arg-type]
+        train=TrainConfig(dtype="float64", method="explicit", seed=1),
+    )
+
+
+def config_of(task: str, **outer: object) -> Config:
+    """Settings of a tiny run of one of `TASKS`."""
+    if task == "multilabel":
+        return multilabel_config(**outer)
+    return segmentation_config(task, **outer) if task == "fcn" else tagging_config(task, **outer)
+
+
+def codec_of(task: str) -> Codec:
+    if task == "multilabel":
+        return multilabel_codec()
+    return segmentation_codec() if task == "fcn" else tagging_codec()
+
+
+def random_segmentation_batch(size: int, seed: int = 0) -> Batch:
+    draw = torch.Generator().manual_seed(seed)
+    image = torch.randn(size, 2, 5, 4, generator=draw, dtype=torch.float64)
+    target = (torch.rand(size, 5, 4, generator=draw) < 0.5).double()
+    return Batch({"image": image}, target, torch.ones(size).double(), torch.arange(size))
+
+
 def random_multilabel_batch(size: int, seed: int = 0) -> Batch:
     draw = torch.Generator().manual_seed(seed)
     features = torch.randn(size, 5, generator=draw, dtype=torch.float64)
@@ -173,9 +210,7 @@ def with_ridge(loss: ComposedLoss, weight: float) -> Callable:
 
 def build_problem(task: str, inner_batch: Batch, outer_batch: Batch, **outer: object) -> Problem:
     """The trainer's own losses of a tiny run, float64, without ridge."""
-    multilabel = task == "multilabel"
-    config = multilabel_config(**outer) if multilabel else tagging_config(task, **outer)
-    players = build_players(config, multilabel_codec() if multilabel else tagging_codec(), CPU)
+    players = build_players(config_of(task, **outer), codec_of(task), CPU)
 
     losses = Losses(players, replicated(players))
 
@@ -190,7 +225,9 @@ def build_problem(task: str, inner_batch: Batch, outer_batch: Batch, **outer: ob
 def random_batch(task: str, size: int, seed: int) -> Batch:
     if task == "multilabel":
         return random_multilabel_batch(size, seed)
+    if task == "fcn":
+        return random_segmentation_batch(size, seed)
     return random_tagging_batch(size, seed)
 
 
-TASKS = ("multilabel", "bilstm", "transformer")
+TASKS = ("multilabel", "bilstm", "transformer", "fcn")

@@ -105,9 +105,7 @@ def test_inner_loss_adds_the_weighted_energy():
 def test_outer_training_lowers_the_energy_of_gold_below_corrupted(task):
     """The sign convention: an energy trained on gold data is lower at gold than at corrupted y."""
     batch = problems.random_batch(task, 8, 0)
-    config = problems.multilabel_config() if task == "multilabel" else problems.tagging_config(task)
-    codec = problems.multilabel_codec() if task == "multilabel" else problems.tagging_codec()
-    players = build_players(config, codec, problems.CPU)
+    players = build_players(problems.config_of(task), problems.codec_of(task), problems.CPU)
     optimizer = torch.optim.Adam(players.energy.parameters(), 0.05)
     logits = torch.zeros_like(players.inference_net(batch.inputs))
     for step in range(60):

@@ -50,11 +50,7 @@ def share(batch: Batch, rows: list[int]) -> Batch:
 
 
 def players_of(task: str, dtype: str, curvature: str = "hessian", memory: str = "auto") -> Players:
-    multilabel = task == "multilabel"
-    outer = {"objective": "ssvm", "task_weight": 1.0}
-    config = problems.multilabel_config(**outer)
-    if not multilabel:
-        config = problems.tagging_config(task, **outer)
+    config = problems.config_of(task, objective="ssvm", task_weight=1.0)
     solver = dataclasses.replace(config.solver, **SOLVER, curvature=curvature, memory=memory)
     # Wider than the tiny problems: a layer norm of two units is too ill-conditioned for float32.
     net = dataclasses.replace(config.inference_net, hidden_size=8, embedding_size=6, num_heads=2)
@@ -65,8 +61,7 @@ def players_of(task: str, dtype: str, curvature: str = "hessian", memory: str = 
         solver=solver,
         train=dataclasses.replace(config.train, dtype=dtype, method="implicit"),
     )
-    codec = problems.multilabel_codec() if multilabel else problems.tagging_codec()
-    players = build_players(config, codec, problems.CPU)
+    players = build_players(config, problems.codec_of(task), problems.CPU)
     with torch.no_grad():
         for name, value in problems.random_phi(players).items():
             players.phi[name].copy_(value)

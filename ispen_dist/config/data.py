@@ -10,8 +10,8 @@ from ispen_dist.config.checks import ANY, check, check_ranges
 class DataConfig:
     """Where the examples are and how to read them."""
 
-    task: Literal["tagging", "multilabel"] = "tagging"
-    """Kind of structure: tag sequences or label sets."""
+    task: Literal["tagging", "multilabel", "segmentation"] = "tagging"
+    """Kind of structure: tag sequences, label sets, or foreground masks of images."""
     format: Literal["conll", "conllu", "arff", "svmlight", "npz"] = "conll"
     """File format of all splits."""
     root: str = ""
@@ -45,12 +45,17 @@ class DataConfig:
     """svmlight: number of labels."""
     zero_based: bool = True
     """svmlight: whether feature indices start at zero."""
+    flip: bool = False
+    """Segmentation: mirror training images left and right at random."""
+    shift: int = 0
+    """Segmentation: shift training images by up to as many pixels each way at random."""
 
     def __post_init__(self) -> None:
         check(bool(self.train), "data.train", "at least one file", self.train, "name a file")
         check_ranges(
             "data", self, dev_fraction=(0.0, 0.9), token_column=(0, ANY), tag_column=(0, ANY)
         )
+        check_ranges("data", self, shift=(0, ANY))
         if not self.dev and not self.split_file:
             check(
                 self.dev_fraction > 0.0,
@@ -59,7 +64,11 @@ class DataConfig:
                 self.dev_fraction,
                 "a dev set selects the model",
             )
-        formats = {"tagging": ("conll", "conllu"), "multilabel": ("arff", "svmlight", "npz")}
+        formats = {
+            "tagging": ("conll", "conllu"),
+            "multilabel": ("arff", "svmlight", "npz"),
+            "segmentation": ("npz",),
+        }
         check(
             self.format in formats[self.task],
             "data.format",

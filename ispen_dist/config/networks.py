@@ -10,12 +10,12 @@ from ispen_dist.config.checks import ANY, check, check_ranges
 class NetworkConfig:
     """A network from inputs to logits: the inference network, or the features of an energy."""
 
-    name: Literal["mlp", "bilstm", "transformer"] = "bilstm"
+    name: Literal["mlp", "bilstm", "transformer", "fcn"] = "bilstm"
     """Architecture."""
     hidden_size: int = 128
-    """Width of hidden layers; per direction in a BiLSTM."""
+    """Width of hidden layers; per direction in a BiLSTM, of the first layer in an fcn."""
     num_layers: int = 1
-    """Hidden layers, LSTM layers or transformer blocks."""
+    """Hidden layers, LSTM layers, transformer blocks, or layers of an fcn that halve the size."""
     activation: Literal["relu", "gelu", "softplus", "tanh"] = "relu"
     """Hidden activation; mlp only."""
     num_heads: int = 4
@@ -52,12 +52,12 @@ class NetworkConfig:
 class EnergyConfig:
     """The energy network."""
 
-    name: Literal["label_interaction", "linear_chain"] = "linear_chain"
+    name: Literal["label_interaction", "linear_chain", "convolutional"] = "linear_chain"
     """Architecture."""
     features: NetworkConfig = field(default_factory=NetworkConfig)
     """Network of the local potentials."""
     num_units: int = 16
-    """Interaction units (rows of M); label_interaction only."""
+    """Interaction units: rows of M in label_interaction, first channels in convolutional."""
     freeze_local: bool = False
     """Keep the local potentials as pre-trained; only biases and interactions are learned."""
 

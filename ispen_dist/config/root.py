@@ -10,6 +10,13 @@ from ispen_dist.config.problems import InnerConfig, OuterConfig
 from ispen_dist.config.solver import SolverConfig
 from ispen_dist.config.train import TrainConfig
 
+_FITTING = {
+    "tagging": (("bilstm", "transformer"), "linear_chain"),
+    "multilabel": (("mlp",), "label_interaction"),
+    "segmentation": (("fcn",), "convolutional"),
+}
+"""Networks and energy by task."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -35,9 +42,7 @@ class Config:
     """Length, seed, records."""
 
     def __post_init__(self) -> None:
-        tagging = self.data.task == "tagging"
-        networks = ("bilstm", "transformer") if tagging else ("mlp",)
-        energy = "linear_chain" if tagging else "label_interaction"
+        networks, energy = _FITTING[self.data.task]
         where = f"for data.task={self.data.task}"
         inner = self.compile.inner
         for setting, network in (

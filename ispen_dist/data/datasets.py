@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from ispen_dist.data.batch import Batch
+from ispen_dist.data.batch import Batch, rows_to_read
+from ispen_dist.data.segmentation import SegmentationCodec
 from ispen_dist.data.tables import MultiLabelTable, Sentence
 from ispen_dist.data.token_features import HashedTokenFeatures
 
@@ -28,14 +29,6 @@ class Dataset(Protocol):
     def collate(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Return the batch of the given rows; a filler of weight 0 where there are none."""
         ...
-
-
-def _fill(rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
-    """Return the rows to read and their weights, one filler row of weight 0 where none is given."""
-    chosen = np.asarray(rows, dtype=np.int64)
-    if len(chosen):
-        return chosen, torch.ones(len(chosen))
-    return np.zeros(1, dtype=np.int64), torch.zeros(1)
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,7 @@ class MultiLabelCodec:
         return self.labels
 
 
-Codec = TaggingCodec | MultiLabelCodec
+Codec = TaggingCodec | MultiLabelCodec | SegmentationCodec
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,7 @@ class TaggingDataset:
 
     def collate(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Return a padded batch, see `Batch`."""
-        chosen, weight = _fill(rows)
+        chosen, weight = rows_to_read(rows)
         examples = [self._encoded[row] for row in chosen]
         longest = max(len(target) for _, target in examples)
         length = -(-longest // self.pad_to) * self.pad_to
@@ -160,7 +153,7 @@ class MultiLabelDataset:
 
     def collate(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Return a dense batch, see `Batch`."""
-        chosen, weight = _fill(rows)
+        chosen, weight = rows_to_read(rows)
         features = _dense(self.table.features, chosen)
         if self.table.targets is None:
             target = torch.zeros(len(chosen), self.codec.num_outputs)

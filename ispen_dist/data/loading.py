@@ -21,7 +21,9 @@ from ispen_dist.data.datasets import (
     TaggingDataset,
 )
 from ispen_dist.data.errors import DataError
+from ispen_dist.data.images import read_images
 from ispen_dist.data.npz import read_npz
+from ispen_dist.data.segmentation import SegmentationCodec, SegmentationDataset
 from ispen_dist.data.splits import read_split_file, seeded_split
 from ispen_dist.data.svmlight import read_svmlight
 from ispen_dist.data.tables import MultiLabelTable, Sentence
@@ -70,9 +72,12 @@ def load_splits(config: Config) -> Splits:
         DataError: for a malformed file, with file and line.
         ConfigError: for a setting that does not fit the data.
     """
-    if config.data.task == "tagging":
-        return _tagging_splits(config)
-    return _multilabel_splits(config)
+    splits = {
+        "tagging": _tagging_splits,
+        "multilabel": _multilabel_splits,
+        "segmentation": _segmentation_splits,
+    }
+    return splits[config.data.task](config)
 
 
 def load_named(config: Config, codec: Codec, name: str) -> Dataset:
@@ -113,6 +118,12 @@ def load_file(config: Config, codec: Codec, path: Path, *, labelled: bool = True
         else:
             sentences = [replace(sentence, tags=None) for sentence in sentences]
         return TaggingDataset(tuple(sentences), codec)
+    if isinstance(codec, SegmentationCodec):
+        images = read_images(path)
+        images.check_size(codec.size)
+        if labelled:
+            images.require_masks()
+        return SegmentationDataset(images, codec)
     table = _read_table(config.data, path, codec)
     table.check_columns(codec.labels, codec.feature_names)
     if labelled:
@@ -164,6 +175,14 @@ def _multilabel_splits(config: Config) -> Splits:
         _require_targets(table, path)
     codec = MultiLabelCodec(first.label_names, first.feature_names)
     return _split(config, MultiLabelDataset(first.concatenate(rest), codec), codec)
+
+
+def _segmentation_splits(config: Config) -> Splits:
+    first, *rest = [read_images(data_path(config.data, name)) for name in config.data.train]
+    whole = first.concatenate(rest)
+    # The scale of the channels is that of all training files, as they are named in `data.train`.
+    codec = SegmentationCodec.of(whole)
+    return _split(config, SegmentationDataset(whole, codec), codec)
 
 
 def _read_table(

@@ -12,9 +12,11 @@ from torch import nn
 
 from ispen_dist.config import EnergyConfig, NetworkConfig
 from ispen_dist.data.datasets import Codec, TaggingCodec
+from ispen_dist.data.segmentation import SegmentationCodec
+from ispen_dist.models.convolutions import ConvolutionalEnergy, FullyConvolutional, WithImage
 from ispen_dist.models.energies import EnergyNetwork, LabelInteractionEnergy, LinearChainEnergy
 from ispen_dist.models.mlp import MLP
-from ispen_dist.models.output_spaces import LabelSets, OutputSpace, TagSequences
+from ispen_dist.models.output_spaces import BinaryImages, LabelSets, OutputSpace, TagSequences
 from ispen_dist.models.taggers import BiLSTMTagger, TransformerTagger
 
 
@@ -39,6 +41,10 @@ def _transformer(config: NetworkConfig, codec: Codec) -> nn.Module:
     return TransformerTagger(codec.num_inputs, codec.num_outputs, **settings)
 
 
+def _fcn(config: NetworkConfig, codec: Codec) -> nn.Module:
+    return FullyConvolutional(codec.num_inputs, **_settings(config))
+
+
 def _label_interaction(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
     features = build_network(config.features, codec)
     return LabelInteractionEnergy(features, codec.num_outputs, config.num_units)
@@ -48,14 +54,22 @@ def _linear_chain(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
     return LinearChainEnergy(build_network(config.features, codec), codec.num_outputs)
 
 
+def _convolutional(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
+    assert isinstance(codec, SegmentationCodec)
+    features = WithImage(build_network(config.features, codec))
+    return ConvolutionalEnergy(features, codec.size, config.num_units)
+
+
 NETWORKS: dict[str, Callable[[NetworkConfig, Codec], nn.Module]] = {
     "mlp": _mlp,
     "bilstm": _bilstm,
     "transformer": _transformer,
+    "fcn": _fcn,
 }
 ENERGIES: dict[str, Callable[[EnergyConfig, Codec], EnergyNetwork]] = {
     "label_interaction": _label_interaction,
     "linear_chain": _linear_chain,
+    "convolutional": _convolutional,
 }
 
 
@@ -73,4 +87,4 @@ def output_space(codec: Codec) -> OutputSpace:
     """Return the kind of structure that a codec describes."""
     if isinstance(codec, TaggingCodec):
         return TagSequences(codec.num_outputs)
-    return LabelSets()
+    return BinaryImages() if isinstance(codec, SegmentationCodec) else LabelSets()
