@@ -16,6 +16,7 @@ from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Codec, Dataset, MultiLabelCodec, TaggingCodec
 from ispen_dist.data.output_file import replacing
 from ispen_dist.data.segmentation import SegmentationCodec
+from ispen_dist.data.subwords import Subwords
 from ispen_dist.data.token_features import HashedTokenFeatures
 from ispen_dist.evaluate import evaluate, predictions
 from ispen_dist.metrics import build_metrics
@@ -133,7 +134,14 @@ def save_model(
 
 def _codec(values: dict[str, Any]) -> Codec:
     if "tags" in values:
-        return TaggingCodec(tuple(values["tags"]), HashedTokenFeatures(**values["features"]))
+        features = HashedTokenFeatures(**values["features"])
+        encoder = values.get("subwords")
+        return TaggingCodec(
+            tuple(values["tags"]),
+            features,
+            values.get("spans", False),
+            None if encoder is None else Subwords(**encoder),
+        )
     if "size" in values:
         return SegmentationCodec(*(tuple(values[k]) for k in ("size", "mean", "deviation")))
     return MultiLabelCodec(tuple(values["labels"]), tuple(values["feature_names"]))

@@ -30,7 +30,7 @@ from ispen_dist.models.stages import Inputs
 from ispen_dist.not_finite import NotFiniteRecord, NotFiniteWatch
 from ispen_dist.optim import Phase
 from ispen_dist.outer import OuterStep, SolverRecord
-from ispen_dist.players import build_players, groups_of, networks_of
+from ispen_dist.players import build_players, groups_of, load_pretrained, networks_of
 from ispen_dist.predictor import save_model
 from ispen_dist.recording.run_folder import RunFolder
 from ispen_dist.run_state import (
@@ -68,6 +68,7 @@ class Trainer:
             self.compiler = Compiler(config.compile.backend, self._report_compiled)
         self.round = 0
         built = build_players(config, splits.codec, torch.device("cpu"))
+        load_pretrained(built)
         self.engines = Engines(
             *(session.engine(n, net, groups_of(net)) for n, net in networks_of(built).items())
         )

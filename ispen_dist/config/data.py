@@ -37,6 +37,9 @@ class DataConfig:
     """CoNLL: zero-based column of the tag."""
     tag: Literal["upos", "xpos"] = "upos"
     """CoNLL-U: which column is predicted."""
+    spans: Literal["none", "bio"] = "none"
+    """Tagging: whether tags spell entities as O, B-TYPE and I-TYPE. Then the F1 of whole entities
+    selects the model, otherwise the accuracy of tags."""
     labels_xml: str = ""
     """ARFF: Mulan XML file that names the labels."""
     num_features: int = 0

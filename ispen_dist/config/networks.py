@@ -10,7 +10,7 @@ from ispen_dist.config.checks import ANY, check, check_ranges
 class NetworkConfig:
     """A network from inputs to logits: the inference network, or the features of an energy."""
 
-    name: Literal["mlp", "bilstm", "transformer", "fcn"] = "bilstm"
+    name: Literal["mlp", "bilstm", "transformer", "pretrained", "fcn"] = "bilstm"
     """Architecture."""
     hidden_size: int = 128
     """Width of hidden layers; per direction in a BiLSTM, of the first layer in an fcn."""
@@ -22,6 +22,12 @@ class NetworkConfig:
     """Attention heads; transformer only."""
     embedding_size: int = 64
     """Width of token embeddings; taggers only."""
+    model: str = ""
+    """Encoder to start from: a folder, `package:NAME` of an installed package, or a name on the
+    Hugging Face hub; pretrained only."""
+    trainable_layers: int = -1
+    """Last blocks of the encoder that are trained, -1 for all and the embedding; pretrained
+    only."""
     dropout: float = 0.0
     """Dropout rate of hidden units."""
     feature_dropout: float = 0.0
@@ -36,8 +42,16 @@ class NetworkConfig:
             num_layers=(1, ANY),
             num_heads=(1, ANY),
             embedding_size=(1, ANY),
+            trainable_layers=(-1, ANY),
             dropout=(0.0, 0.99),
             feature_dropout=(0.0, 0.99),
+        )
+        check(
+            bool(self.model) == (self.name == "pretrained"),
+            f"{section}.model",
+            "an encoder" if self.name == "pretrained" else f"none for {section}.name={self.name}",
+            self.model,
+            f"name one, with {section}.name=pretrained",
         )
         if self.name == "transformer":
             check(

@@ -11,11 +11,13 @@ from ispen_dist.config.solver import SolverConfig
 from ispen_dist.config.train import TrainConfig
 
 _FITTING = {
-    "tagging": (("bilstm", "transformer"), "linear_chain"),
+    "tagging": (("bilstm", "transformer", "pretrained"), "linear_chain"),
     "multilabel": (("mlp",), "label_interaction"),
     "segmentation": (("fcn",), "convolutional"),
 }
 """Networks and energy by task."""
+_SHAPES_DEPEND_ON_VALUES = ("bilstm", "pretrained")
+"""Networks that cannot be compiled."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,22 @@ class Config:
                 ("energy.features", self.energy.features),
             ):
                 check(
-                    network.name != "bilstm" or (setting != "inference_net" and not inner),
+                    network.name not in _SHAPES_DEPEND_ON_VALUES
+                    or (setting != "inference_net" and not inner),
                     f"{setting}.name",
                     "a network whose shapes do not depend on values, with compile."
                     f"{'inner' if inner else 'curvature'}",
                     network.name,
                     "use transformer, or set compile.inner=false and compile.curvature=false",
                 )
+        models = sorted({n.model for n in (self.inference_net, self.energy.features) if n.model})
+        check(
+            len(models) < 2,
+            "energy.features.model",
+            f"that of inference_net.model={self.inference_net.model}",
+            self.energy.features.model,
+            "both read the same sub-words",
+        )
         check(self.energy.name == energy, "energy.name", f"{energy} {where}", self.energy.name)
         if self.train.method == "implicit":
             check(
@@ -87,3 +98,8 @@ class Config:
                 self.inner.energy_weight,
                 "with lambda = 0 theta does not depend on the energy",
             )
+
+    @property
+    def encoder_model(self) -> str:
+        """The pretrained encoder of either network, empty where there is none."""
+        return self.inference_net.model or self.energy.features.model

@@ -15,7 +15,9 @@ class Batch:
 
     Attributes:
         inputs: what the networks read. Multi-label: `features` (B, D) float. Tagging: `features`
-            (B, T, F) int64 hashed ids with 0 for padding, `mask` (B, T) bool.
+            (B, T, F) int64 hashed ids with 0 for padding, `mask` (B, T) bool; for a pretrained
+            encoder also `subwords` and `subword_mask` (B, P), and `starts` (B, T), the place of
+            each token's first sub-word.
             Segmentation: `image` (B, C, H, W) float.
         target: gold structure. Multi-label: (B, L) float of 0 and 1. Tagging: (B, T) int64, 0 at
             padding. Segmentation: (B, H, W) float of 0 and 1. Zeros where the data is unlabelled.
@@ -65,7 +67,8 @@ class Batch:
         """
         rows = max(num_rows - len(self.weight), 0)
         tokens = max(num_tokens - self.inputs["mask"].shape[1], 0) if "mask" in self.inputs else 0
-        per_token = {"inputs.features", "inputs.mask", "target"} if "mask" in self.inputs else ()
+        named = {"inputs.features", "inputs.mask", "inputs.starts", "target"}
+        per_token = named if "mask" in self.inputs else ()
 
         def pad(name: str, x: Tensor) -> Tensor:
             # torch.nn.functional.pad counts from the last dimension.

@@ -15,6 +15,7 @@ from scipy import sparse
 
 from ispen_dist.data.batch import Batch, rows_to_read
 from ispen_dist.data.segmentation import SegmentationCodec
+from ispen_dist.data.subwords import Subwords
 from ispen_dist.data.tables import MultiLabelTable, Sentence
 from ispen_dist.data.token_features import HashedTokenFeatures
 
@@ -38,10 +39,14 @@ class TaggingCodec:
     Attributes:
         tags: tag names; a tag's number is its place.
         features: the hashed token features.
+        spans: whether the tags spell entities, `O`, `B-TYPE` and `I-TYPE`.
+        subwords: tokenizer of a pretrained encoder, where a network is one.
     """
 
     tags: tuple[str, ...]
     features: HashedTokenFeatures
+    spans: bool = False
+    subwords: Subwords | None = None
 
     @property
     def num_inputs(self) -> int:
@@ -132,7 +137,28 @@ class TaggingDataset:
             target[i, : len(example_target)] = example_target
             mask[i, : len(example_target)] = True
         inputs = {"features": torch.from_numpy(ids), "mask": torch.from_numpy(mask)}
+        if self.codec.subwords is not None:
+            inputs |= self._subword_inputs(chosen, length)
         return Batch(inputs, torch.from_numpy(target), weight, torch.from_numpy(chosen))
+
+    @cached_property
+    def _subwords(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        assert self.codec.subwords is not None
+        return [self.codec.subwords.encode(s.tokens, s.line) for s in self.sentences]
+
+    def _subword_inputs(self, rows: np.ndarray, num_tokens: int) -> dict[str, torch.Tensor]:
+        examples = [self._subwords[row] for row in rows]
+        longest = max(len(ids) for ids, _ in examples)
+        length = -(-longest // self.pad_to) * self.pad_to
+        ids = np.zeros((len(rows), length), dtype=np.int64)
+        mask = np.zeros((len(rows), length), dtype=bool)
+        starts = np.zeros((len(rows), num_tokens), dtype=np.int64)
+        for i, (example_ids, places) in enumerate(examples):
+            ids[i, : len(example_ids)] = example_ids
+            mask[i, : len(example_ids)] = True
+            starts[i, : len(places)] = places
+        arrays = {"subwords": ids, "subword_mask": mask, "starts": starts}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 @dataclass(frozen=True)

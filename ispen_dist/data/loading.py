@@ -25,6 +25,7 @@ from ispen_dist.data.images import read_images
 from ispen_dist.data.npz import read_npz
 from ispen_dist.data.segmentation import SegmentationCodec, SegmentationDataset
 from ispen_dist.data.splits import read_split_file, seeded_split
+from ispen_dist.data.subwords import read_subwords
 from ispen_dist.data.svmlight import read_svmlight
 from ispen_dist.data.tables import MultiLabelTable, Sentence
 from ispen_dist.data.token_features import HashedTokenFeatures
@@ -163,9 +164,22 @@ def _tagging_splits(config: Config) -> Splits:
     features = HashedTokenFeatures(
         num_buckets=config.features.num_buckets, max_affix=config.features.max_affix
     )
-    codec = TaggingCodec(tags, features)
+    if data.spans == "bio":
+        _require_spans(tags)
+    model = config.encoder_model
+    subwords = read_subwords(model) if model else None
+    codec = TaggingCodec(tags, features, data.spans == "bio", subwords)
     whole = TaggingDataset(tuple(sentences), codec)
     return _split(config, whole, codec)
+
+
+def _require_spans(tags: Sequence[str]) -> None:
+    for tag in tags:
+        if tag != "O" and not (tag.startswith(("B-", "I-")) and len(tag) > 2):
+            raise ConfigError(
+                f"data.spans: expected tags O, B-TYPE and I-TYPE for bio, got {tag!r} in the "
+                "training data; set data.spans=none, or choose another data.tag_column"
+            )
 
 
 def _multilabel_splits(config: Config) -> Splits:

@@ -17,6 +17,7 @@ from ispen_dist.models.convolutions import ConvolutionalEnergy, FullyConvolution
 from ispen_dist.models.energies import EnergyNetwork, LabelInteractionEnergy, LinearChainEnergy
 from ispen_dist.models.mlp import MLP
 from ispen_dist.models.output_spaces import BinaryImages, LabelSets, OutputSpace, TagSequences
+from ispen_dist.models.pretrained import PretrainedTagger
 from ispen_dist.models.taggers import BiLSTMTagger, TransformerTagger
 
 
@@ -39,6 +40,18 @@ def _bilstm(config: NetworkConfig, codec: Codec) -> nn.Module:
 def _transformer(config: NetworkConfig, codec: Codec) -> nn.Module:
     settings = _settings(config, "embedding_size", "num_heads")
     return TransformerTagger(codec.num_inputs, codec.num_outputs, **settings)
+
+
+def _pretrained(config: NetworkConfig, codec: Codec) -> nn.Module:
+    assert isinstance(codec, TaggingCodec)
+    assert codec.subwords is not None
+    return PretrainedTagger(
+        codec.subwords,
+        codec.num_outputs,
+        source=config.model,
+        trainable_layers=config.trainable_layers,
+        dropout=config.dropout,
+    )
 
 
 def _fcn(config: NetworkConfig, codec: Codec) -> nn.Module:
@@ -64,6 +77,7 @@ NETWORKS: dict[str, Callable[[NetworkConfig, Codec], nn.Module]] = {
     "mlp": _mlp,
     "bilstm": _bilstm,
     "transformer": _transformer,
+    "pretrained": _pretrained,
     "fcn": _fcn,
 }
 ENERGIES: dict[str, Callable[[EnergyConfig, Codec], EnergyNetwork]] = {
