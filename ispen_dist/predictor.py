@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from ispen_dist.command_line import config_from_dict, config_to_dict
 from ispen_dist.config import Config
 from ispen_dist.data.batch import Batch
-from ispen_dist.data.datasets import Codec, Dataset, MultiLabelCodec, TaggingCodec
+from ispen_dist.data.datasets import (
+    Codec,
+    Dataset,
+    DenseTokenFeatures,
+    MultiLabelCodec,
+    TaggingCodec,
+)
 from ispen_dist.data.output_file import replacing
 from ispen_dist.data.segmentation import SegmentationCodec
 from ispen_dist.data.subwords import Subwords
@@ -134,7 +140,8 @@ def save_model(
 
 def _codec(values: dict[str, Any]) -> Codec:
     if "tags" in values:
-        features = HashedTokenFeatures(**values["features"])
+        dense = "size" in values["features"]
+        features = (DenseTokenFeatures if dense else HashedTokenFeatures)(**values["features"])
         encoder = values.get("subwords")
         return TaggingCodec(
             tuple(values["tags"]),

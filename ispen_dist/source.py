@@ -22,6 +22,7 @@ class Source:
         dtype: of floating-point tensors.
         buckets: numbers of tokens that batches are padded to, see `compile.buckets`; without any
             a batch is as large as its examples make it.
+        augment: what a batch goes through before, as a function of the step.
     """
 
     def __init__(

@@ -272,4 +272,4 @@ def random_batch(task: str, size: int, seed: int) -> Batch:
     return random_tagging_batch(size, seed)
 
 
-TASKS = ("multilabel", "bilstm", "transformer", "fcn", "pretrained")
+TASKS = ("multilabel", "bilstm", "transformer", "fcn", "pretrained", "token_mlp")

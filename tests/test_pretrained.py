@@ -1,4 +1,4 @@
-"""Encoders of the Hugging Face library: sub-words, stages, frozen blocks, a model without network."""
+"""Encoders of the Hugging Face library: sub-words, stages, frozen blocks, loading offline."""
 
 import importlib.util
 import json

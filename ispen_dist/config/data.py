@@ -37,6 +37,13 @@ class DataConfig:
     """CoNLL: zero-based column of the tag."""
     tag: Literal["upos", "xpos"] = "upos"
     """CoNLL-U: which column is predicted."""
+    features_key: str = "features"
+    """Tagging from npz: name of the array with the numbers of each token."""
+    train_folds: list[int] = field(default_factory=list)
+    """Tagging from npz: folds of the training file that are trained on, dev held out of them by
+    `dev_fraction`. Empty: all."""
+    test_folds: list[int] = field(default_factory=list)
+    """Tagging from npz: folds of the training file that are the test set."""
     spans: Literal["none", "bio"] = "none"
     """Tagging: whether tags spell entities as O, B-TYPE and I-TYPE. Then the F1 of whole entities
     selects the model, otherwise the accuracy of tags."""
@@ -68,7 +75,7 @@ class DataConfig:
                 "a dev set selects the model",
             )
         formats = {
-            "tagging": ("conll", "conllu"),
+            "tagging": ("conll", "conllu", "npz"),
             "multilabel": ("arff", "svmlight", "npz"),
             "segmentation": ("npz",),
         }
@@ -86,6 +93,23 @@ class DataConfig:
                 "the Mulan XML file of the ARFF labels",
                 "",
             )
+        if self.train_folds or self.test_folds:
+            check(
+                self.task == "tagging" and self.format == "npz" and bool(self.train_folds),
+                "data.train_folds",
+                "some, of data.task=tagging with data.format=npz",
+                self.train_folds,
+                "name the folds to train on, or leave data.test_folds empty",
+            )
+            check(
+                not set(self.train_folds) & set(self.test_folds),
+                "data.test_folds",
+                f"none of data.train_folds={self.train_folds}",
+                self.test_folds,
+            )
+        if self.task == "tagging" and self.format == "npz":
+            check(len(self.train) == 1, "data.train", "one file with data.format=npz", self.train)
+            check(self.spans == "none", "data.spans", "none with data.format=npz", self.spans)
         if self.format == "svmlight":
             check_ranges("data", self, num_features=(1, ANY), num_labels=(1, ANY))
 

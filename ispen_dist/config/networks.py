@@ -10,7 +10,7 @@ from ispen_dist.config.checks import ANY, check, check_ranges
 class NetworkConfig:
     """A network from inputs to logits: the inference network, or the features of an energy."""
 
-    name: Literal["mlp", "bilstm", "transformer", "pretrained", "fcn"] = "bilstm"
+    name: Literal["mlp", "bilstm", "transformer", "token_mlp", "pretrained", "fcn"] = "bilstm"
     """Architecture."""
     hidden_size: int = 128
     """Width of hidden layers; per direction in a BiLSTM, of the first layer in an fcn."""

@@ -11,7 +11,7 @@ from ispen_dist.config.solver import SolverConfig
 from ispen_dist.config.train import TrainConfig
 
 _FITTING = {
-    "tagging": (("bilstm", "transformer", "pretrained"), "linear_chain"),
+    "tagging": (("bilstm", "transformer", "token_mlp", "pretrained"), "linear_chain"),
     "multilabel": (("mlp",), "label_interaction"),
     "segmentation": (("fcn",), "convolutional"),
 }
@@ -79,6 +79,13 @@ class Config:
             f"that of inference_net.model={self.inference_net.model}",
             self.energy.features.model,
             "both read the same sub-words",
+        )
+        check(
+            not models or self.data.format != "npz",
+            "data.format",
+            "words for a pretrained encoder",
+            self.data.format,
+            "choose another network, or data of words",
         )
         check(self.energy.name == energy, "energy.name", f"{energy} {where}", self.energy.name)
         if self.train.method == "implicit":

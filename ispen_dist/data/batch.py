@@ -15,7 +15,8 @@ class Batch:
 
     Attributes:
         inputs: what the networks read. Multi-label: `features` (B, D) float. Tagging: `features`
-            (B, T, F) int64 hashed ids with 0 for padding, `mask` (B, T) bool; for a pretrained
+            (B, T, F) int64 hashed ids with 0 for padding, or (B, T, D) float for tokens that
+            are vectors, `mask` (B, T) bool; for a pretrained
             encoder also `subwords` and `subword_mask` (B, P), and `starts` (B, T), the place of
             each token's first sub-word.
             Segmentation: `image` (B, C, H, W) float.

@@ -33,24 +33,37 @@ class Dataset(Protocol):
 
 
 @dataclass(frozen=True)
+class DenseTokenFeatures:
+    """Tokens that are vectors of numbers.
+
+    Attributes:
+        size: D, numbers of a token.
+    """
+
+    size: int
+
+
+@dataclass(frozen=True)
 class TaggingCodec:
     """Names of the tags and the token features.
 
     Attributes:
         tags: tag names; a tag's number is its place.
-        features: the hashed token features.
+        features: the hashed token features, or the size of tokens that are vectors.
         spans: whether the tags spell entities, `O`, `B-TYPE` and `I-TYPE`.
         subwords: tokenizer of a pretrained encoder, where a network is one.
     """
 
     tags: tuple[str, ...]
-    features: HashedTokenFeatures
+    features: HashedTokenFeatures | DenseTokenFeatures
     spans: bool = False
     subwords: Subwords | None = None
 
     @property
     def num_inputs(self) -> int:
-        """Rows of the embedding table."""
+        """Rows of the embedding table, or D of tokens that are vectors."""
+        if isinstance(self.features, DenseTokenFeatures):
+            return self.features.size
         return self.features.num_buckets
 
     @property
@@ -116,11 +129,13 @@ class TaggingDataset:
     @cached_property
     def _encoded(self) -> list[tuple[np.ndarray, np.ndarray]]:
         number = {tag: i for i, tag in enumerate(self.codec.tags)}
+        features = self.codec.features
+        assert isinstance(features, HashedTokenFeatures)
         encoded = []
         for sentence in self.sentences:
             tags = sentence.tags or (self.codec.tags[0],) * len(sentence.tokens)
             target = np.array([number[tag] for tag in tags], dtype=np.int64)
-            encoded.append((self.codec.features.ids(sentence.tokens), target))
+            encoded.append((features.ids(sentence.tokens), target))
         return encoded
 
     def collate(self, rows: Sequence[int] | np.ndarray) -> Batch:

@@ -14,11 +14,17 @@ from ispen_dist.data.conll import check_tags, read_conll, read_conllu
 from ispen_dist.data.datasets import (
     Codec,
     Dataset,
+    DenseTokenFeatures,
     MultiLabelCodec,
     MultiLabelDataset,
     Subset,
     TaggingCodec,
     TaggingDataset,
+)
+from ispen_dist.data.dense_tokens import (
+    DenseTaggingDataset,
+    DenseTokens,
+    read_dense_tokens,
 )
 from ispen_dist.data.errors import DataError
 from ispen_dist.data.images import read_images
@@ -111,6 +117,8 @@ def load_file(config: Config, codec: Codec, path: Path, *, labelled: bool = True
     Raises:
         DataError: for a malformed file, unknown labels, or a file without labels that needs them.
     """
+    if isinstance(codec, TaggingCodec) and isinstance(codec.features, DenseTokenFeatures):
+        return _read_dense(config.data, codec, path, labelled)
     if isinstance(codec, TaggingCodec):
         sentences = _read_sentences(config.data, path)
         if labelled:
@@ -152,8 +160,52 @@ def _read_sentences(config: DataConfig, path: Path) -> Sequence[Sentence]:
     return read_conll(path, token_column=config.token_column, tag_column=config.tag_column)
 
 
+def _read_dense(
+    config: DataConfig, codec: TaggingCodec, path: Path, labelled: bool
+) -> DenseTaggingDataset:
+    table = read_dense_tokens(path, config.features_key)
+    if table.features.shape[1] != codec.num_inputs:
+        raise DataError(
+            path, None, f"{config.features_key}: expected {codec.num_inputs} numbers for each "
+            f"token, as in training, got {table.features.shape[1]}; use data of the same kind",
+        )  # fmt: skip
+    if labelled:
+        _require_known(table, table.require_labels(), codec.tags)
+    return DenseTaggingDataset(table, codec)
+
+
+def _require_known(table: DenseTokens, labels: np.ndarray, tags: Sequence[str]) -> None:
+    for label in np.unique(labels):
+        if str(label) not in tags:
+            raise DataError(
+                table.path, None, f"label: expected one of the {len(tags)} labels of the training "
+                f"data, got {label}; drop its sequences",
+            )  # fmt: skip
+
+
+def _dense_splits(config: Config) -> Splits:
+    """Cut by folds, where the settings name some, otherwise as other formats are."""
+    data = config.data
+    table = read_dense_tokens(data_path(data, data.train[0]), data.features_key)
+    labels = table.require_labels()
+    rows = table.in_folds(data.train_folds) if data.train_folds else np.arange(len(table))
+    tags = tuple(map(str, np.unique(labels[table.tokens_of(rows)])))
+    codec = TaggingCodec(tags, DenseTokenFeatures(table.features.shape[1]))
+    whole = DenseTaggingDataset(table, codec)
+    if not data.train_folds:
+        return _split(config, whole, codec)
+    parts = _split(config, Subset(whole, rows), codec)
+    if not data.test_folds:
+        return parts
+    test = table.in_folds(data.test_folds)
+    _require_known(table, labels[table.tokens_of(test)], tags)
+    return replace(parts, test=Subset(whole, test))
+
+
 def _tagging_splits(config: Config) -> Splits:
     data = config.data
+    if data.format == "npz":
+        return _dense_splits(config)
     sentences: list[Sentence] = []
     for name in data.train:
         path = data_path(data, name)

@@ -11,14 +11,14 @@ from typing import Any
 from torch import nn
 
 from ispen_dist.config import EnergyConfig, NetworkConfig
-from ispen_dist.data.datasets import Codec, TaggingCodec
+from ispen_dist.data.datasets import Codec, DenseTokenFeatures, TaggingCodec
 from ispen_dist.data.segmentation import SegmentationCodec
 from ispen_dist.models.convolutions import ConvolutionalEnergy, FullyConvolutional, WithImage
 from ispen_dist.models.energies import EnergyNetwork, LabelInteractionEnergy, LinearChainEnergy
 from ispen_dist.models.mlp import MLP
 from ispen_dist.models.output_spaces import BinaryImages, LabelSets, OutputSpace, TagSequences
 from ispen_dist.models.pretrained import PretrainedTagger
-from ispen_dist.models.taggers import BiLSTMTagger, TransformerTagger
+from ispen_dist.models.taggers import BiLSTMTagger, TokenMLPTagger, TransformerTagger
 
 
 def _settings(config: NetworkConfig, *names: str) -> dict[str, Any]:
@@ -32,14 +32,25 @@ def _mlp(config: NetworkConfig, codec: Codec) -> nn.Module:
     return MLP(codec.num_inputs, codec.num_outputs, **_settings(config, "activation"))
 
 
+def _tagger(
+    build: Callable[..., nn.Module], config: NetworkConfig, codec: Codec, *names: str
+) -> nn.Module:
+    assert isinstance(codec, TaggingCodec)
+    dense = isinstance(codec.features, DenseTokenFeatures)
+    settings = _settings(config, "embedding_size", *names)
+    return build(codec.num_inputs, codec.num_outputs, dense=dense, **settings)
+
+
 def _bilstm(config: NetworkConfig, codec: Codec) -> nn.Module:
-    settings = _settings(config, "embedding_size")
-    return BiLSTMTagger(codec.num_inputs, codec.num_outputs, **settings)
+    return _tagger(BiLSTMTagger, config, codec)
 
 
 def _transformer(config: NetworkConfig, codec: Codec) -> nn.Module:
-    settings = _settings(config, "embedding_size", "num_heads")
-    return TransformerTagger(codec.num_inputs, codec.num_outputs, **settings)
+    return _tagger(TransformerTagger, config, codec, "num_heads")
+
+
+def _token_mlp(config: NetworkConfig, codec: Codec) -> nn.Module:
+    return _tagger(TokenMLPTagger, config, codec)
 
 
 def _pretrained(config: NetworkConfig, codec: Codec) -> nn.Module:
@@ -77,6 +88,7 @@ NETWORKS: dict[str, Callable[[NetworkConfig, Codec], nn.Module]] = {
     "mlp": _mlp,
     "bilstm": _bilstm,
     "transformer": _transformer,
+    "token_mlp": _token_mlp,
     "pretrained": _pretrained,
     "fcn": _fcn,
 }
