@@ -140,8 +140,12 @@ def save_model(
 
 def _codec(values: dict[str, Any]) -> Codec:
     if "tags" in values:
-        dense = "size" in values["features"]
-        features = (DenseTokenFeatures if dense else HashedTokenFeatures)(**values["features"])
+        described = values["features"]
+        features: DenseTokenFeatures | HashedTokenFeatures
+        if "size" in described:
+            features = DenseTokenFeatures(**described)
+        else:
+            features = HashedTokenFeatures(**described)
         encoder = values.get("subwords")
         return TaggingCodec(
             tuple(values["tags"]),
@@ -150,7 +154,10 @@ def _codec(values: dict[str, Any]) -> Codec:
             None if encoder is None else Subwords(**encoder),
         )
     if "size" in values:
-        return SegmentationCodec(*(tuple(values[k]) for k in ("size", "mean", "deviation")))
+        height, width, channels = values["size"]
+        return SegmentationCodec(
+            (height, width, channels), tuple(values["mean"]), tuple(values["deviation"])
+        )
     return MultiLabelCodec(tuple(values["labels"]), tuple(values["feature_names"]))
 
 

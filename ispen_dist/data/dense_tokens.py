@@ -67,14 +67,15 @@ class DenseTokens:
         Raises:
             DataError: for a fold that the file does not have.
         """
-        known = [] if self.folds is None else np.unique(self.folds).tolist()
+        own = np.empty(0, dtype=np.int64) if self.folds is None else self.folds
+        known = np.unique(own).tolist()
         for fold in folds:
             if fold not in known:
                 raise DataError(
                     self.path, None, f"fold: expected {fold} among the folds, as data.train_folds "
                     f"or data.test_folds says, got {known}; change them",
                 )  # fmt: skip
-        return np.flatnonzero(np.isin(self.folds, list(folds)))
+        return np.flatnonzero(np.isin(own, list(folds)))
 
     def tokens_of(self, sequences: np.ndarray) -> np.ndarray:
         """Return the numbers of the tokens of some sequences, int64."""
