@@ -164,7 +164,9 @@ class TaggingDataset:
     def _subword_inputs(self, rows: np.ndarray, num_tokens: int) -> dict[str, torch.Tensor]:
         examples = [self._subwords[row] for row in rows]
         longest = max(len(ids) for ids, _ in examples)
-        length = -(-longest // self.pad_to) * self.pad_to
+        assert self.codec.subwords is not None
+        # No padding beyond the encoder's table of positions.
+        length = min(-(-longest // self.pad_to) * self.pad_to, self.codec.subwords.max_length)
         ids = np.zeros((len(rows), length), dtype=np.int64)
         mask = np.zeros((len(rows), length), dtype=bool)
         starts = np.zeros((len(rows), num_tokens), dtype=np.int64)
