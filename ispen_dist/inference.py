@@ -88,7 +88,7 @@ def infer(
     *,
     unrolled: bool = False,
 ) -> Tensor:
-    """Return the logits of the structures of low energy, shaped like the potentials.
+    """Return the logits of the structures of low energy, shaped like those of the network.
 
     Args:
         players: definition of the energy, kind of structure and settings.
@@ -110,7 +110,8 @@ def infer(
             value = value - config.outer.margin_scale * space.cost(ybar, gold)
         return value.sum()
 
-    start = potentials if config.inference.start == "potentials" else torch.zeros_like(potentials)
+    local = players.energy.local(potentials)
+    start = local if config.inference.start == "potentials" else torch.zeros_like(local)
     return descend(loss, start, config.inference, unrolled=unrolled)
 
 

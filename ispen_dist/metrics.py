@@ -1,18 +1,23 @@
 """Task metrics as sums over examples, so that ranks with unequal parts add up exactly.
 
-Each metric follows a library: accuracy is a count, the example-F1 is scikit-learn's
-`f1_score(average="samples")` with an empty prediction of an empty gold set counting 1.
+Each metric follows a library: accuracy is a count, the F1 of entities is that of seqeval, the
+example-F1 is scikit-learn's `f1_score(average="samples")` with an empty prediction of an empty gold
+set counting 1.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
+from seqeval.metrics.sequence_labeling import get_entities
 from sklearn.metrics import f1_score
 from torch import Tensor
 
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Codec, TaggingCodec
+from ispen_dist.data.segmentation import SegmentationCodec
+from ispen_dist.models.output_spaces import BinaryImages
 
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 
@@ -56,6 +61,57 @@ class TaggingMetrics:
         return {"accuracy": correct / tokens}
 
 
+class SpanMetrics:
+    """F1, precision and recall of whole entities, and the accuracy of tags.
+
+    An entity counts where type, first and last token are right. Entities are read from tags as
+    seqeval's default mode does, which is that of the conlleval script: an I- after another type, or
+    after O, begins an entity.
+
+    Args:
+        tags: names of the tags, by number.
+    """
+
+    main = "span_f1"
+
+    def __init__(self, tags: Sequence[str]) -> None:
+        self._names = np.array(tags)
+        self._tokens = TaggingMetrics()
+
+    def zero(self) -> Tensor:
+        """Return the sums of no examples: right, predicted and gold entities; tokens."""
+        return torch.cat([torch.zeros(3, dtype=torch.float64), self._tokens.zero()])
+
+    def sums(self, ybar: Tensor, batch: Batch) -> Tensor:
+        """Return right, predicted and gold entities, then correct tokens and tokens."""
+        mask = (batch.inputs["mask"] & (batch.weight > 0).unsqueeze(-1)).cpu().numpy()
+        predicted, gold = (
+            self._entities(numbers.cpu().numpy(), mask)
+            for numbers in (ybar.argmax(-1), batch.target)
+        )
+        counts = [len(predicted & gold), len(predicted), len(gold)]
+        tokens = self._tokens.sums(ybar, batch)
+        return torch.cat([torch.tensor(counts, dtype=torch.float64), tokens])
+
+    def _entities(self, numbers: np.ndarray, mask: np.ndarray) -> set[tuple[int, ...]]:
+        rows = enumerate(zip(numbers, mask, strict=True))
+        return {
+            (row, *entity)
+            for row, (tags, real) in rows
+            for entity in get_entities(self._names[tags[real]].tolist())
+        }
+
+    def finish(self, sums: Tensor, threshold: float | None) -> dict[str, float]:
+        """Return the figures, 0 where nothing was there to count; `threshold` is not used."""
+        right, predicted, gold = sums[:3].tolist()
+        return {
+            "span_f1": 2.0 * right / max(predicted + gold, 1.0),
+            "precision": right / max(predicted, 1.0),
+            "recall": right / max(gold, 1.0),
+            **self._tokens.finish(sums[3:], threshold),
+        }
+
+
 class MultiLabelMetrics:
     """Example-F1 at threshold 0.5 and at a threshold tuned on dev."""
 
@@ -91,6 +147,38 @@ def _example_f1_sum(gold: np.ndarray, predicted: np.ndarray) -> float:
     return float(mean) * len(gold)
 
 
+class SegmentationMetrics:
+    """Intersection over union of the foreground, of masks at threshold 0.5.
+
+    `mean_iou` is the mean over images, 1 for an empty prediction of an empty mask, and `global_iou`
+    that of all pixels together: the two figures of Gygli et al. (2017), Table 2. The background,
+    which some libraries average in, is not counted.
+    """
+
+    main = "mean_iou"
+
+    def zero(self) -> Tensor:
+        """Return the sums of no images: IoU, intersections, unions, images."""
+        return torch.zeros(4, dtype=torch.float64)
+
+    def sums(self, ybar: Tensor, batch: Batch) -> Tensor:
+        """Return the sums of IoU, of intersections and of unions, and the number of images."""
+        predicted = (ybar > 0.5).double()
+        gold = batch.target.double()
+        iou = 1.0 - BinaryImages().cost(predicted, gold)
+        overlap = (predicted * gold).sum((-1, -2))
+        union = (predicted + gold).sum((-1, -2)) - overlap
+        weight = batch.weight.double()
+        return (torch.stack([iou, overlap, union, torch.ones_like(iou)]) @ weight).cpu()
+
+    def finish(self, sums: Tensor, threshold: float | None) -> dict[str, float]:
+        """Return both figures; `threshold` is not used."""
+        iou, overlap, union, images = sums.tolist()
+        return {"mean_iou": iou / images, "global_iou": overlap / union if union else 1.0}
+
+
 def build_metrics(codec: Codec) -> Metrics:
     """Return the metrics of a kind of structure."""
-    return TaggingMetrics() if isinstance(codec, TaggingCodec) else MultiLabelMetrics()
+    if isinstance(codec, TaggingCodec):
+        return SpanMetrics(codec.tags) if codec.spans else TaggingMetrics()
+    return SegmentationMetrics() if isinstance(codec, SegmentationCodec) else MultiLabelMetrics()

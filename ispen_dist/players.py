@@ -14,6 +14,7 @@ from ispen_dist.linalg.reduction import OneProcess, Reduction
 from ispen_dist.linalg.trees import Tree
 from ispen_dist.models.energies import EnergyNetwork
 from ispen_dist.models.output_spaces import Inputs, OutputSpace
+from ispen_dist.models.pretrained import PretrainedTagger
 from ispen_dist.models.registry import build_energy, build_network, output_space
 from ispen_dist.objectives import Energy, View
 
@@ -43,7 +44,7 @@ class Players:
     def phi(self) -> Tree:
         """Parameters of the energy that the outer problem learns."""
         phi = dict(self.energy.named_parameters())
-        return {name: p for name, p in phi.items() if self.learns(name)}
+        return {name: p for name, p in phi.items() if self.learns(name) and p.requires_grad}
 
     @property
     def local(self) -> Tree:
@@ -148,6 +149,17 @@ def build_players(config: Config, codec: Codec, device: torch.device) -> Players
     energy = build_energy(config.energy, codec).to(device, dtype)
     energy.eval()
     return Players(inference_net, energy, output_space(codec), config)
+
+
+def load_pretrained(players: Players) -> None:
+    """Read the weights of pretrained encoders, where there are any, into both networks.
+
+    Raises:
+        ConfigError: where they are not there.
+    """
+    for network in (players.inference_net, players.energy.feature_network):
+        if isinstance(network, PretrainedTagger):
+            network.load_pretrained()
 
 
 def networks_of(players: Players) -> dict[str, nn.Module]:

@@ -10,9 +10,12 @@ import numpy as np
 from ispen_dist.config import ConfigError
 from ispen_dist.data.arff import write_arff
 from ispen_dist.data.conll import write_conll, write_conllu
-from ispen_dist.data.datasets import MultiLabelDataset, TaggingDataset
+from ispen_dist.data.datasets import Dataset, MultiLabelDataset, TaggingDataset
+from ispen_dist.data.dense_tokens import DenseTaggingDataset, write_dense_tokens
+from ispen_dist.data.images import write_images
 from ispen_dist.data.loading import load_file
 from ispen_dist.data.npz import write_npz
+from ispen_dist.data.segmentation import SegmentationDataset
 from ispen_dist.data.svmlight import write_svmlight
 from ispen_dist.predictor import Predictor
 
@@ -58,13 +61,36 @@ def _write(
     dataset = load_file(predictor.config, predictor.codec, source, labelled=False)
     if isinstance(dataset, TaggingDataset):
         _write_tags(predictor, dataset, source, target, probabilities)
+    elif isinstance(dataset, DenseTaggingDataset):
+        _write_dense(predictor, dataset, target, probabilities)
     elif isinstance(dataset, MultiLabelDataset):
         _write_labels(predictor, dataset, target, probabilities, threshold)
+    elif isinstance(dataset, SegmentationDataset):
+        chance = _chances(predictor, dataset)
+        shown = chance if probabilities else None
+        write_images(target, dataset.table, chance > (threshold or 0.5), shown)
+
+
+def _chances(predictor: Predictor, dataset: Dataset) -> np.ndarray:
+    return np.concatenate([ybar.cpu().numpy() for _, ybar in predictor.predict(dataset)])
 
 
 def _write_tags(
     predictor: Predictor, dataset: TaggingDataset, source: Path, target: Path, probabilities: bool
 ) -> None:
+    tags, chances = _tags(predictor, dataset)
+    shown = chances if probabilities else None
+    data = predictor.config.data
+    if data.format == "conllu":
+        write_conllu(source, target, tags, shown, tag=data.tag)
+    else:
+        write_conll(target, dataset.sentences, tags, shown)
+
+
+def _tags(
+    predictor: Predictor, dataset: TaggingDataset | DenseTaggingDataset
+) -> tuple[list[list[str]], list[list[float]]]:
+    """Return the most probable tag of each token of each sequence, and its probability."""
     tags: list[list[str]] = []
     chances: list[list[float]] = []
     for batch, ybar in predictor.predict(dataset):
@@ -75,12 +101,16 @@ def _write_tags(
         ):
             tags.append([dataset.codec.tags[i] for i in number[:length]])
             chances.append(chance[:length])
-    shown = chances if probabilities else None
-    data = predictor.config.data
-    if data.format == "conllu":
-        write_conllu(source, target, tags, shown, tag=data.tag)
-    else:
-        write_conll(target, dataset.sentences, tags, shown)
+    return tags, chances
+
+
+def _write_dense(
+    predictor: Predictor, dataset: DenseTaggingDataset, target: Path, probabilities: bool
+) -> None:
+    tags, chances = _tags(predictor, dataset)
+    labels = np.array([int(tag) for row in tags for tag in row])
+    shown = np.concatenate(chances) if probabilities else None
+    write_dense_tokens(target, dataset.table, predictor.config.data.features_key, labels, shown)
 
 
 def _write_labels(
@@ -90,7 +120,7 @@ def _write_labels(
     probabilities: bool,
     threshold: float | None,
 ) -> None:
-    chance = np.concatenate([ybar.cpu().numpy() for _, ybar in predictor.predict(dataset)])
+    chance = _chances(predictor, dataset)
     limit = threshold or predictor.threshold or 0.5
     predicted = (chance > limit).astype(np.uint8)
     shown = chance if probabilities else None

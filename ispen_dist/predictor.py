@@ -14,8 +14,16 @@ from torch import Tensor, nn
 from ispen_dist.command_line import config_from_dict, config_to_dict
 from ispen_dist.config import Config
 from ispen_dist.data.batch import Batch
-from ispen_dist.data.datasets import Codec, Dataset, MultiLabelCodec, TaggingCodec
+from ispen_dist.data.datasets import (
+    Codec,
+    Dataset,
+    DenseTokenFeatures,
+    MultiLabelCodec,
+    TaggingCodec,
+)
 from ispen_dist.data.output_file import replacing
+from ispen_dist.data.segmentation import SegmentationCodec
+from ispen_dist.data.subwords import Subwords
 from ispen_dist.data.token_features import HashedTokenFeatures
 from ispen_dist.evaluate import evaluate, predictions
 from ispen_dist.inference import predict
@@ -140,7 +148,24 @@ def save_model(
 
 def _codec(values: dict[str, Any]) -> Codec:
     if "tags" in values:
-        return TaggingCodec(tuple(values["tags"]), HashedTokenFeatures(**values["features"]))
+        described = values["features"]
+        features: DenseTokenFeatures | HashedTokenFeatures
+        if "size" in described:
+            features = DenseTokenFeatures(**described)
+        else:
+            features = HashedTokenFeatures(**described)
+        encoder = values.get("subwords")
+        return TaggingCodec(
+            tuple(values["tags"]),
+            features,
+            values.get("spans", False),
+            None if encoder is None else Subwords(**encoder),
+        )
+    if "size" in values:
+        height, width, channels = values["size"]
+        return SegmentationCodec(
+            (height, width, channels), tuple(values["mean"]), tuple(values["deviation"])
+        )
     return MultiLabelCodec(tuple(values["labels"]), tuple(values["feature_names"]))
 
 

@@ -1,6 +1,6 @@
 """Training batches on the device, as a function of the step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,6 +22,7 @@ class Source:
         dtype: of floating-point tensors.
         buckets: numbers of tokens that batches are padded to, see `compile.buckets`; without any
             a batch is as large as its examples make it.
+        augment: what a batch goes through before, as a function of the step.
     """
 
     def __init__(
@@ -32,9 +33,10 @@ class Source:
         session: Session,
         dtype: torch.dtype,
         buckets: Sequence[int] = (),
+        augment: Callable[[Batch, int], Batch] | None = None,
     ) -> None:
         self.dataset, self.session, self.dtype = dataset, session, dtype
-        self._buckets = buckets
+        self._buckets, self._augment = buckets, augment
         self._num_rows = -(-batch_size // session.num_ranks)
         self.sampler = ShardedSampler(
             len(dataset), batch_size, seed, session.rank, session.num_ranks
@@ -43,6 +45,8 @@ class Source:
     def batch(self, step: int) -> Batch:
         """Return this rank's part of the global batch of a step."""
         batch = self.dataset.collate(self.sampler.own_batch(step))
+        if self._augment:
+            batch = self._augment(batch, step)
         if self._buckets:
             num_tokens = batch.inputs["mask"].shape[1] if "mask" in batch.inputs else 0
             batch = batch.padded(self._num_rows, bucket_of(num_tokens, self._buckets))

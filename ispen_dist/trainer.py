@@ -15,6 +15,7 @@ from ispen_dist.config import Config, OptimizerConfig
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Dataset
 from ispen_dist.data.loading import Splits, hold_out
+from ispen_dist.data.segmentation import augmentation
 from ispen_dist.diagnosis import Diagnosis
 from ispen_dist.distributed import Session
 from ispen_dist.distributed.runtime import check_runtime
@@ -30,7 +31,7 @@ from ispen_dist.models.stages import Inputs
 from ispen_dist.not_finite import NotFiniteRecord, NotFiniteWatch, mean_of_finite
 from ispen_dist.optim import Phase
 from ispen_dist.outer import OuterStep, SolverRecord
-from ispen_dist.players import build_players, groups_of, networks_of
+from ispen_dist.players import build_players, groups_of, load_pretrained, networks_of
 from ispen_dist.predictor import save_model
 from ispen_dist.recording.run_folder import RunFolder
 from ispen_dist.run_state import (
@@ -70,6 +71,7 @@ class Trainer:
             self.compiler = Compiler(config.compile.backend, self._report_compiled)
         self.round = 0
         built = build_players(config, splits.codec, torch.device("cpu"))
+        load_pretrained(built)
         self.engines = Engines(
             *(session.engine(n, net, groups_of(net)) for n, net in networks_of(built).items())
         )
@@ -106,7 +108,8 @@ class Trainer:
 
         def source(dataset: Dataset, batch_size: int, purpose: str) -> Source:
             order = derived_seed(seed, "order", purpose)
-            return Source(dataset, batch_size, order, self.session, dtype, buckets)
+            augment = augmentation(config.data, derived_seed(seed, "augmentation", purpose))
+            return Source(dataset, batch_size, order, self.session, dtype, buckets, augment)
 
         self.inner_source = source(inner_data, config.inner.batch_size, "inner")
         self.outer_source = source(outer_data, size, "outer")

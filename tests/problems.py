@@ -1,9 +1,11 @@
 """Tiny bilevel problems with independent dense references, for the proofs."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from ispen_dist.config import (
@@ -17,7 +19,9 @@ from ispen_dist.config import (
     TrainConfig,
 )
 from ispen_dist.data.batch import Batch
-from ispen_dist.data.datasets import MultiLabelCodec, TaggingCodec
+from ispen_dist.data.datasets import Codec, MultiLabelCodec, TaggingCodec
+from ispen_dist.data.segmentation import SegmentationCodec
+from ispen_dist.data.subwords import Subwords
 from ispen_dist.data.token_features import HashedTokenFeatures
 from ispen_dist.linalg.operators import ComposedLoss
 from ispen_dist.linalg.trees import Tree
@@ -115,6 +119,28 @@ def tagging_codec() -> TaggingCodec:
     return TaggingCodec(("D", "N", "V"), HashedTokenFeatures(num_buckets=13, max_affix=1))
 
 
+def subwords(**settings: object) -> Subwords:
+    """A tokenizer that knows letters, and an encoder of one block."""
+    vocabulary = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "a": 3, "##b": 4}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    tokenizer.add_special_tokens(["[UNK]"])
+    sizes = {
+        "vocab_size": 5, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 4, "max_position_embeddings": 6, "type_vocab_size": 1,
+        # Small initial values before a layer norm make curvature that no damping of a test covers.
+        "initializer_range": 0.5,
+    }  # fmt: skip
+    encoder = {"model_type": "bert", "pad_token_id": 0, **sizes, **settings}
+    return Subwords(tokenizer.to_str(), "[UNK]", json.dumps(encoder))
+
+
+def pretrained_codec() -> TaggingCodec:
+    return replace(tagging_codec(), subwords=subwords())
+
+
 def tagging_config(
     network: str = "bilstm", energy: str = "linear_chain", **outer: object
 ) -> Config:
@@ -123,6 +149,7 @@ def tagging_config(
         embedding_size=2,
         hidden_size=2,
         num_heads=1,  # type: ignore[arg-type]
+        model="tiny" if network == "pretrained" else "",
     )
     return Config(
         data=DataConfig(train=["x.conll"]),
@@ -138,6 +165,44 @@ def tagging_config(
         outer=OuterConfig(**{"objective": "task", "num_samples": 3, **outer}),  # type: ignore[arg-type]
         train=TrainConfig(dtype="float64", method="explicit", seed=1),
     )
+
+
+def segmentation_codec() -> SegmentationCodec:
+    return SegmentationCodec((5, 4, 2), (0.0, 0.0), (1.0, 1.0))
+
+
+def segmentation_config(network: str = "fcn", **outer: object) -> Config:
+    net = NetworkConfig(name=network, hidden_size=1)  # type: ignore[arg-type]
+    return Config(
+        data=DataConfig(task="segmentation", format="npz", train=["x.npz"]),
+        inference_net=net,
+        energy=EnergyConfig(name="convolutional", features=net, num_units=1),
+        inner=InnerConfig(energy_weight=0.3),
+        outer=OuterConfig(**{"objective": "task", "num_samples": 3, **outer}),  # type: ignore[arg-type]
+        train=TrainConfig(dtype="float64", method="explicit", seed=1),
+    )
+
+
+def config_of(task: str, **outer: object) -> Config:
+    """Settings of a tiny run of one of `TASKS`."""
+    if task == "multilabel":
+        return multilabel_config(**outer)
+    return segmentation_config(task, **outer) if task == "fcn" else tagging_config(task, **outer)
+
+
+def codec_of(task: str) -> Codec:
+    if task == "multilabel":
+        return multilabel_codec()
+    if task == "pretrained":
+        return pretrained_codec()
+    return segmentation_codec() if task == "fcn" else tagging_codec()
+
+
+def random_segmentation_batch(size: int, seed: int = 0) -> Batch:
+    draw = torch.Generator().manual_seed(seed)
+    image = torch.randn(size, 2, 5, 4, generator=draw, dtype=torch.float64)
+    target = (torch.rand(size, 5, 4, generator=draw) < 0.5).double()
+    return Batch({"image": image}, target, torch.ones(size).double(), torch.arange(size))
 
 
 def random_multilabel_batch(size: int, seed: int = 0) -> Batch:
@@ -156,6 +221,20 @@ def random_tagging_batch(size: int, seed: int = 0, length: int = 4) -> Batch:
     target = torch.randint(0, 3, (size, length), generator=draw) * mask
     inputs = {"features": ids, "mask": mask}
     return Batch(inputs, target, torch.ones(size).double(), torch.arange(size))
+
+
+def random_pretrained_batch(size: int, seed: int = 0, length: int = 4) -> Batch:
+    """Tagged tokens, the first ones of two sub-words as far as six places reach."""
+    batch = random_tagging_batch(size, seed, length)
+    draw = torch.Generator().manual_seed(seed)
+    places = torch.tensor([1, 3, 4, 5]).expand(size, -1)
+    counts = torch.where(batch.inputs["mask"], places + 1, 0).amax(-1)
+    mask = torch.arange(6) < counts[:, None]
+    ids = torch.randint(1, 5, (size, 6), generator=draw) * mask
+    starts = torch.where(batch.inputs["mask"], places, 0)
+    return replace(
+        batch, inputs=batch.inputs | {"subwords": ids, "subword_mask": mask, "starts": starts}
+    )
 
 
 def random_phi(players: Players, seed: int = 3) -> Tree:
@@ -180,9 +259,7 @@ def with_ridge(loss: ComposedLoss, weight: float) -> Callable:
 
 def build_problem(task: str, inner_batch: Batch, outer_batch: Batch, **outer: object) -> Problem:
     """The trainer's own losses of a tiny run, float64, without ridge."""
-    multilabel = task == "multilabel"
-    config = multilabel_config(**outer) if multilabel else tagging_config(task, **outer)
-    players = build_players(config, multilabel_codec() if multilabel else tagging_codec(), CPU)
+    players = build_players(config_of(task, **outer), codec_of(task), CPU)
 
     losses = Losses(players, replicated(players))
 
@@ -197,8 +274,12 @@ def build_problem(task: str, inner_batch: Batch, outer_batch: Batch, **outer: ob
 def random_batch(task: str, size: int, seed: int) -> Batch:
     if task == "multilabel":
         return random_multilabel_batch(size, seed)
+    if task == "fcn":
+        return random_segmentation_batch(size, seed)
+    if task == "pretrained":
+        return random_pretrained_batch(size, seed)
     return random_tagging_batch(size, seed)
 
 
-TASKS = ("multilabel", "bilstm", "transformer")
+TASKS = ("multilabel", "bilstm", "transformer", "fcn", "pretrained", "token_mlp")
 TAGGING_ENERGIES = ("linear_chain", "skip_chain", "high_order", "tag_language_model")

@@ -287,7 +287,7 @@ TAGGING = {
     "no dev set": ({"data": {"train": ["x"], "dev_fraction": 0.0}}, "data.dev_fraction: expected"),
     "format of another task": (
         {"data": {"train": ["x"], "format": "arff"}},
-        "data.format: expected one of conll, conllu for data.task=tagging, got 'arff'",
+        "data.format: expected one of conll, conllu, npz for data.task=tagging, got 'arff'",
     ),
     "network of another task": (
         {"inference_net": {"name": "mlp"}},

@@ -128,10 +128,12 @@ LEARNED += [("bilstm", energy) for energy in problems.TAGGING_ENERGIES if energy
 def test_outer_training_lowers_the_energy_of_gold_below_corrupted(task, energy):
     """The sign convention: an energy trained on gold data is lower at gold than at corrupted y."""
     batch = problems.random_batch(task, 8, 0)
-    multilabel = task == "multilabel"
-    config = problems.multilabel_config() if multilabel else problems.tagging_config(task, energy)
-    codec = problems.multilabel_codec() if multilabel else problems.tagging_codec()
-    players = build_players(config, codec, problems.CPU)
+    config = (
+        problems.config_of(task)
+        if energy == "linear_chain"
+        else problems.tagging_config(task, energy)
+    )
+    players = build_players(config, problems.codec_of(task), problems.CPU)
     optimizer = torch.optim.Adam(players.energy.parameters(), 0.05)
     logits = torch.zeros_like(players.inference_net(batch.inputs))
     for step in range(60):

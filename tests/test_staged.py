@@ -27,13 +27,7 @@ MEMORY = ["states", "recompute"]
 
 def tiny(task, memory="states", dropout=0.0, **energy):
     """Losses of a tiny run with the energy away from zero."""
-    multilabel = task == "multilabel"
-    outer = {"objective": "ssvm", "task_weight": 1.0}
-    config = (
-        problems.multilabel_config(**outer)
-        if multilabel
-        else problems.tagging_config(task, **outer)
-    )
+    config = problems.config_of(task, objective="ssvm", task_weight=1.0)
     net = dataclasses.replace(
         config.inference_net, dropout=dropout, feature_dropout=dropout, num_layers=2
     )
@@ -43,8 +37,7 @@ def tiny(task, memory="states", dropout=0.0, **energy):
         energy=dataclasses.replace(config.energy, **energy),
         solver=dataclasses.replace(config.solver, memory=memory),
     )
-    codec = problems.multilabel_codec() if multilabel else problems.tagging_codec()
-    players = build_players(config, codec, problems.CPU)
+    players = build_players(config, problems.codec_of(task), problems.CPU)
     with torch.no_grad():
         for name, value in problems.random_phi(players).items():
             players.phi[name].copy_(value)

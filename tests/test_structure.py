@@ -108,8 +108,7 @@ def test_kernels_import_torch_and_triton_only(path):
 
 
 def test_every_network_and_energy_has_a_tiny_problem():
-    configs = [problems.multilabel_config()]
-    configs += [problems.tagging_config(task) for task in problems.TASKS if task != "multilabel"]
+    configs = [problems.config_of(task) for task in problems.TASKS]
     configs += [problems.tagging_config(energy=energy) for energy in problems.TAGGING_ENERGIES]
     assert {config.inference_net.name for config in configs} == NETWORKS.keys()
     assert {config.energy.name for config in configs} == ENERGIES.keys()

@@ -54,11 +54,7 @@ def share(batch: Batch, rows: list[int]) -> Batch:
 def players_of(
     task: str, dtype: str, curvature: str = "hessian", memory: str = "auto", solver_name: str = "cg"
 ) -> Players:
-    multilabel = task == "multilabel"
-    outer = {"objective": "ssvm", "task_weight": 1.0}
-    config = problems.multilabel_config(**outer)
-    if not multilabel:
-        config = problems.tagging_config(task, **outer)
+    config = problems.config_of(task, objective="ssvm", task_weight=1.0)
     settings = {**SOLVER, "name": solver_name, "curvature": curvature, "memory": memory}
     solver = dataclasses.replace(config.solver, **settings)
     # Wider than the tiny problems: a layer norm of two units is too ill-conditioned for float32.
@@ -70,8 +66,7 @@ def players_of(
         solver=solver,
         train=dataclasses.replace(config.train, dtype=dtype, method="implicit"),
     )
-    codec = problems.multilabel_codec() if multilabel else problems.tagging_codec()
-    players = build_players(config, codec, problems.CPU)
+    players = build_players(config, problems.codec_of(task), problems.CPU)
     with torch.no_grad():
         for name, value in problems.random_phi(players).items():
             players.phi[name].copy_(value)

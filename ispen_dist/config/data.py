@@ -10,8 +10,8 @@ from ispen_dist.config.checks import ANY, check, check_ranges
 class DataConfig:
     """Where the examples are and how to read them."""
 
-    task: Literal["tagging", "multilabel"] = "tagging"
-    """Kind of structure: tag sequences or label sets."""
+    task: Literal["tagging", "multilabel", "segmentation"] = "tagging"
+    """Kind of structure: tag sequences, label sets, or foreground masks of images."""
     format: Literal["conll", "conllu", "arff", "svmlight", "npz"] = "conll"
     """File format of all splits."""
     root: str = ""
@@ -37,6 +37,16 @@ class DataConfig:
     """CoNLL: zero-based column of the tag."""
     tag: Literal["upos", "xpos"] = "upos"
     """CoNLL-U: which column is predicted."""
+    features_key: str = "features"
+    """Tagging from npz: name of the array with the numbers of each token."""
+    train_folds: list[int] = field(default_factory=list)
+    """Tagging from npz: folds of the training file that are trained on, dev held out of them by
+    `dev_fraction`. Empty: all."""
+    test_folds: list[int] = field(default_factory=list)
+    """Tagging from npz: folds of the training file that are the test set."""
+    spans: Literal["none", "bio"] = "none"
+    """Tagging: whether tags spell entities as O, B-TYPE and I-TYPE. Then the F1 of whole entities
+    selects the model, otherwise the accuracy of tags."""
     labels_xml: str = ""
     """ARFF: Mulan XML file that names the labels."""
     num_features: int = 0
@@ -45,12 +55,17 @@ class DataConfig:
     """svmlight: number of labels."""
     zero_based: bool = True
     """svmlight: whether feature indices start at zero."""
+    flip: bool = False
+    """Segmentation: mirror training images left and right at random."""
+    shift: int = 0
+    """Segmentation: shift training images by up to as many pixels each way at random."""
 
     def __post_init__(self) -> None:
         check(bool(self.train), "data.train", "at least one file", self.train, "name a file")
         check_ranges(
             "data", self, dev_fraction=(0.0, 0.9), token_column=(0, ANY), tag_column=(0, ANY)
         )
+        check_ranges("data", self, shift=(0, ANY))
         if not self.dev and not self.split_file:
             check(
                 self.dev_fraction > 0.0,
@@ -59,7 +74,11 @@ class DataConfig:
                 self.dev_fraction,
                 "a dev set selects the model",
             )
-        formats = {"tagging": ("conll", "conllu"), "multilabel": ("arff", "svmlight", "npz")}
+        formats = {
+            "tagging": ("conll", "conllu", "npz"),
+            "multilabel": ("arff", "svmlight", "npz"),
+            "segmentation": ("npz",),
+        }
         check(
             self.format in formats[self.task],
             "data.format",
@@ -74,6 +93,23 @@ class DataConfig:
                 "the Mulan XML file of the ARFF labels",
                 "",
             )
+        if self.train_folds or self.test_folds:
+            check(
+                self.task == "tagging" and self.format == "npz" and bool(self.train_folds),
+                "data.train_folds",
+                "some, of data.task=tagging with data.format=npz",
+                self.train_folds,
+                "name the folds to train on, or leave data.test_folds empty",
+            )
+            check(
+                not set(self.train_folds) & set(self.test_folds),
+                "data.test_folds",
+                f"none of data.train_folds={self.train_folds}",
+                self.test_folds,
+            )
+        if self.task == "tagging" and self.format == "npz":
+            check(len(self.train) == 1, "data.train", "one file with data.format=npz", self.train)
+            check(self.spans == "none", "data.spans", "none with data.format=npz", self.spans)
         if self.format == "svmlight":
             check_ranges("data", self, num_features=(1, ANY), num_labels=(1, ANY))
 

@@ -10,18 +10,24 @@ from ispen_dist.config.checks import ANY, check, check_ranges
 class NetworkConfig:
     """A network from inputs to logits: the inference network, or the features of an energy."""
 
-    name: Literal["mlp", "bilstm", "transformer"] = "bilstm"
+    name: Literal["mlp", "bilstm", "transformer", "token_mlp", "pretrained", "fcn"] = "bilstm"
     """Architecture."""
     hidden_size: int = 128
-    """Width of hidden layers; per direction in a BiLSTM."""
+    """Width of hidden layers; per direction in a BiLSTM, of the first layer in an fcn."""
     num_layers: int = 1
-    """Hidden layers, LSTM layers or transformer blocks."""
+    """Hidden layers, LSTM layers, transformer blocks, or layers of an fcn that halve the size."""
     activation: Literal["relu", "gelu", "softplus", "tanh"] = "relu"
     """Hidden activation; mlp only."""
     num_heads: int = 4
     """Attention heads; transformer only."""
     embedding_size: int = 64
     """Width of token embeddings; taggers only."""
+    model: str = ""
+    """Encoder to start from: a folder, `package:NAME` of an installed package, or a name on the
+    Hugging Face hub; pretrained only."""
+    trainable_layers: int = -1
+    """Last blocks of the encoder that are trained, -1 for all and the embedding; pretrained
+    only."""
     dropout: float = 0.0
     """Dropout rate of hidden units."""
     feature_dropout: float = 0.0
@@ -36,8 +42,16 @@ class NetworkConfig:
             num_layers=(1, ANY),
             num_heads=(1, ANY),
             embedding_size=(1, ANY),
+            trainable_layers=(-1, ANY),
             dropout=(0.0, 0.99),
             feature_dropout=(0.0, 0.99),
+        )
+        check(
+            bool(self.model) == (self.name == "pretrained"),
+            f"{section}.model",
+            "an encoder" if self.name == "pretrained" else f"none for {section}.name={self.name}",
+            self.model,
+            f"name one, with {section}.name=pretrained",
         )
         if self.name == "transformer":
             check(
@@ -53,14 +67,19 @@ class EnergyConfig:
     """The energy network."""
 
     name: Literal[
-        "label_interaction", "linear_chain", "skip_chain", "high_order", "tag_language_model"
+        "label_interaction",
+        "linear_chain",
+        "skip_chain",
+        "high_order",
+        "tag_language_model",
+        "convolutional",
     ] = "linear_chain"
     """Architecture."""
     features: NetworkConfig = field(default_factory=NetworkConfig)
     """Network of the local potentials."""
     num_units: int = 16
     """Width of the interaction: rows of M in label_interaction, of the embeddings of tags in
-    high_order and tag_language_model."""
+    high_order and tag_language_model, first channels in convolutional."""
     num_skips: int = 2
     """Largest distance between two tags that are scored together; skip_chain only."""
     order: int = 2

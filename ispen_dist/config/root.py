@@ -11,11 +11,17 @@ from ispen_dist.config.problems import WITHOUT_THETA, InnerConfig, OuterConfig
 from ispen_dist.config.solver import SolverConfig
 from ispen_dist.config.train import TrainConfig
 
-ENERGIES_OF = {
-    "tagging": ("linear_chain", "skip_chain", "high_order", "tag_language_model"),
-    "multilabel": ("label_interaction",),
+FITTING = {
+    "tagging": (
+        ("bilstm", "transformer", "token_mlp", "pretrained"),
+        ("linear_chain", "skip_chain", "high_order", "tag_language_model"),
+    ),
+    "multilabel": (("mlp",), ("label_interaction",)),
+    "segmentation": (("fcn",), ("convolutional",)),
 }
-"""The energies that fit a task."""
+"""The networks and the energies that fit a task."""
+_SHAPES_DEPEND_ON_VALUES = ("bilstm", "pretrained")
+"""Networks that cannot be compiled."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_networks()
+        self._check_pretrained()
         if self.compile.any:
             self._check_compiled()
         if self.train.method == "implicit":
@@ -64,9 +71,7 @@ class Config:
         return ("inference_net", self.inference_net), ("energy.features", self.energy.features)
 
     def _check_networks(self) -> None:
-        tagging = self.data.task == "tagging"
-        networks = ("bilstm", "transformer") if tagging else ("mlp",)
-        energies = ENERGIES_OF[self.data.task]
+        networks, energies = FITTING[self.data.task]
         where = f"for data.task={self.data.task}"
         for setting, network in self._networks():
             network.check(setting)
@@ -75,11 +80,29 @@ class Config:
         expected = f"one of {', '.join(energies)} {where}"
         check(self.energy.name in energies, "energy.name", expected, self.energy.name)
 
+    def _check_pretrained(self) -> None:
+        models = sorted({n.model for n in (self.inference_net, self.energy.features) if n.model})
+        check(
+            len(models) < 2,
+            "energy.features.model",
+            f"that of inference_net.model={self.inference_net.model}",
+            self.energy.features.model,
+            "both read the same sub-words",
+        )
+        check(
+            not models or self.data.format != "npz",
+            "data.format",
+            "words for a pretrained encoder",
+            self.data.format,
+            "choose another network, or data of words",
+        )
+
     def _check_compiled(self) -> None:
         inner = self.compile.inner
         for setting, network in self._networks():
             check(
-                network.name != "bilstm" or (setting != "inference_net" and not inner),
+                network.name not in _SHAPES_DEPEND_ON_VALUES
+                or (setting != "inference_net" and not inner),
                 f"{setting}.name",
                 "a network whose shapes do not depend on values, with compile."
                 f"{'inner' if inner else 'curvature'}",
@@ -154,3 +177,8 @@ class Config:
             inference.cost_augmented,
             "it reads a cost-augmented structure beside the predicted one; or use ssvm",
         )
+
+    @property
+    def encoder_model(self) -> str:
+        """The pretrained encoder of either network, empty where there is none."""
+        return self.inference_net.model or self.energy.features.model

@@ -1,8 +1,9 @@
 """One batch of examples as tensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,9 +15,13 @@ class Batch:
 
     Attributes:
         inputs: what the networks read. Multi-label: `features` (B, D) float. Tagging: `features`
-            (B, T, F) int64 hashed ids with 0 for padding, `mask` (B, T) bool.
+            (B, T, F) int64 hashed ids with 0 for padding, or (B, T, D) float for tokens that
+            are vectors, `mask` (B, T) bool; for a pretrained
+            encoder also `subwords` and `subword_mask` (B, P), and `starts` (B, T), the place of
+            each token's first sub-word.
+            Segmentation: `image` (B, C, H, W) float.
         target: gold structure. Multi-label: (B, L) float of 0 and 1. Tagging: (B, T) int64, 0 at
-            padding. Zeros where the data is unlabelled.
+            padding. Segmentation: (B, H, W) float of 0 and 1. Zeros where the data is unlabelled.
         weight: (B,) float, 1 for an example and 0 for a filler row, so that a rank with nothing to
             do still runs the same program and contributes a count of zero.
         index: (B,) int64, row number in the data set; 0 in filler rows.
@@ -63,7 +68,8 @@ class Batch:
         """
         rows = max(num_rows - len(self.weight), 0)
         tokens = max(num_tokens - self.inputs["mask"].shape[1], 0) if "mask" in self.inputs else 0
-        per_token = {"inputs.features", "inputs.mask", "target"} if "mask" in self.inputs else ()
+        named = {"inputs.features", "inputs.mask", "inputs.starts", "target"}
+        per_token = named if "mask" in self.inputs else ()
 
         def pad(name: str, x: Tensor) -> Tensor:
             # torch.nn.functional.pad counts from the last dimension.
@@ -78,3 +84,11 @@ class Batch:
     def first(self, num_rows: int) -> "Batch":
         """Return the first rows, all where there are fewer."""
         return self._map(lambda x: x[:num_rows])
+
+
+def rows_to_read(rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, Tensor]:
+    """Return the rows to read and their weights, one filler row of weight 0 where none is given."""
+    chosen = np.asarray(rows, dtype=np.int64)
+    if len(chosen):
+        return chosen, torch.ones(len(chosen))
+    return np.zeros(1, dtype=np.int64), torch.zeros(1)

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from ispen_dist.data.batch import Batch
+from ispen_dist.data.batch import Batch, rows_to_read
+from ispen_dist.data.segmentation import SegmentationCodec
+from ispen_dist.data.subwords import Subwords
 from ispen_dist.data.tables import MultiLabelTable, Sentence
 from ispen_dist.data.token_features import HashedTokenFeatures
 
@@ -30,12 +32,15 @@ class Dataset(Protocol):
         ...
 
 
-def _fill(rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
-    """Return the rows to read and their weights, one filler row of weight 0 where none is given."""
-    chosen = np.asarray(rows, dtype=np.int64)
-    if len(chosen):
-        return chosen, torch.ones(len(chosen))
-    return np.zeros(1, dtype=np.int64), torch.zeros(1)
+@dataclass(frozen=True)
+class DenseTokenFeatures:
+    """Tokens that are vectors of numbers.
+
+    Attributes:
+        size: D, numbers of a token.
+    """
+
+    size: int
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,21 @@ class TaggingCodec:
 
     Attributes:
         tags: tag names; a tag's number is its place.
-        features: the hashed token features.
+        features: the hashed token features, or the size of tokens that are vectors.
+        spans: whether the tags spell entities, `O`, `B-TYPE` and `I-TYPE`.
+        subwords: tokenizer of a pretrained encoder, where a network is one.
     """
 
     tags: tuple[str, ...]
-    features: HashedTokenFeatures
+    features: HashedTokenFeatures | DenseTokenFeatures
+    spans: bool = False
+    subwords: Subwords | None = None
 
     @property
     def num_inputs(self) -> int:
-        """Rows of the embedding table."""
+        """Rows of the embedding table, or D of tokens that are vectors."""
+        if isinstance(self.features, DenseTokenFeatures):
+            return self.features.size
         return self.features.num_buckets
 
     @property
@@ -94,7 +105,7 @@ class MultiLabelCodec:
         return self.labels
 
 
-Codec = TaggingCodec | MultiLabelCodec
+Codec = TaggingCodec | MultiLabelCodec | SegmentationCodec
 
 
 @dataclass(frozen=True)
@@ -118,16 +129,18 @@ class TaggingDataset:
     @cached_property
     def _encoded(self) -> list[tuple[np.ndarray, np.ndarray]]:
         number = {tag: i for i, tag in enumerate(self.codec.tags)}
+        features = self.codec.features
+        assert isinstance(features, HashedTokenFeatures)
         encoded = []
         for sentence in self.sentences:
             tags = sentence.tags or (self.codec.tags[0],) * len(sentence.tokens)
             target = np.array([number[tag] for tag in tags], dtype=np.int64)
-            encoded.append((self.codec.features.ids(sentence.tokens), target))
+            encoded.append((features.ids(sentence.tokens), target))
         return encoded
 
     def collate(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Return a padded batch, see `Batch`."""
-        chosen, weight = _fill(rows)
+        chosen, weight = rows_to_read(rows)
         examples = [self._encoded[row] for row in chosen]
         longest = max(len(target) for _, target in examples)
         length = -(-longest // self.pad_to) * self.pad_to
@@ -139,7 +152,30 @@ class TaggingDataset:
             target[i, : len(example_target)] = example_target
             mask[i, : len(example_target)] = True
         inputs = {"features": torch.from_numpy(ids), "mask": torch.from_numpy(mask)}
+        if self.codec.subwords is not None:
+            inputs |= self._subword_inputs(chosen, length)
         return Batch(inputs, torch.from_numpy(target), weight, torch.from_numpy(chosen))
+
+    @cached_property
+    def _subwords(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        assert self.codec.subwords is not None
+        return [self.codec.subwords.encode(s.tokens, s.line) for s in self.sentences]
+
+    def _subword_inputs(self, rows: np.ndarray, num_tokens: int) -> dict[str, torch.Tensor]:
+        examples = [self._subwords[row] for row in rows]
+        longest = max(len(ids) for ids, _ in examples)
+        assert self.codec.subwords is not None
+        # No padding beyond the encoder's table of positions.
+        length = min(-(-longest // self.pad_to) * self.pad_to, self.codec.subwords.max_length)
+        ids = np.zeros((len(rows), length), dtype=np.int64)
+        mask = np.zeros((len(rows), length), dtype=bool)
+        starts = np.zeros((len(rows), num_tokens), dtype=np.int64)
+        for i, (example_ids, places) in enumerate(examples):
+            ids[i, : len(example_ids)] = example_ids
+            mask[i, : len(example_ids)] = True
+            starts[i, : len(places)] = places
+        arrays = {"subwords": ids, "subword_mask": mask, "starts": starts}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 @dataclass(frozen=True)
@@ -160,7 +196,7 @@ class MultiLabelDataset:
 
     def collate(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Return a dense batch, see `Batch`."""
-        chosen, weight = _fill(rows)
+        chosen, weight = rows_to_read(rows)
         features = _dense(self.table.features, chosen)
         if self.table.targets is None:
             target = torch.zeros(len(chosen), self.codec.num_outputs)

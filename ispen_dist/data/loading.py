@@ -14,15 +14,24 @@ from ispen_dist.data.conll import check_tags, read_conll, read_conllu
 from ispen_dist.data.datasets import (
     Codec,
     Dataset,
+    DenseTokenFeatures,
     MultiLabelCodec,
     MultiLabelDataset,
     Subset,
     TaggingCodec,
     TaggingDataset,
 )
+from ispen_dist.data.dense_tokens import (
+    DenseTaggingDataset,
+    DenseTokens,
+    read_dense_tokens,
+)
 from ispen_dist.data.errors import DataError
+from ispen_dist.data.images import read_images
 from ispen_dist.data.npz import read_npz
+from ispen_dist.data.segmentation import SegmentationCodec, SegmentationDataset
 from ispen_dist.data.splits import read_split_file, seeded_split
+from ispen_dist.data.subwords import read_subwords
 from ispen_dist.data.svmlight import read_svmlight
 from ispen_dist.data.tables import MultiLabelTable, Sentence
 from ispen_dist.data.token_features import HashedTokenFeatures
@@ -70,9 +79,12 @@ def load_splits(config: Config) -> Splits:
         DataError: for a malformed file, with file and line.
         ConfigError: for a setting that does not fit the data.
     """
-    if config.data.task == "tagging":
-        return _tagging_splits(config)
-    return _multilabel_splits(config)
+    splits = {
+        "tagging": _tagging_splits,
+        "multilabel": _multilabel_splits,
+        "segmentation": _segmentation_splits,
+    }
+    return splits[config.data.task](config)
 
 
 def load_named(config: Config, codec: Codec, name: str) -> Dataset:
@@ -105,6 +117,8 @@ def load_file(config: Config, codec: Codec, path: Path, *, labelled: bool = True
     Raises:
         DataError: for a malformed file, unknown labels, or a file without labels that needs them.
     """
+    if isinstance(codec, TaggingCodec) and isinstance(codec.features, DenseTokenFeatures):
+        return _read_dense(config.data, codec, path, labelled)
     if isinstance(codec, TaggingCodec):
         sentences = _read_sentences(config.data, path)
         if labelled:
@@ -113,6 +127,12 @@ def load_file(config: Config, codec: Codec, path: Path, *, labelled: bool = True
         else:
             sentences = [replace(sentence, tags=None) for sentence in sentences]
         return TaggingDataset(tuple(sentences), codec)
+    if isinstance(codec, SegmentationCodec):
+        images = read_images(path)
+        images.check_size(codec.size)
+        if labelled:
+            images.require_masks()
+        return SegmentationDataset(images, codec)
     table = _read_table(config.data, path, codec)
     table.check_columns(codec.labels, codec.feature_names)
     if labelled:
@@ -140,8 +160,52 @@ def _read_sentences(config: DataConfig, path: Path) -> Sequence[Sentence]:
     return read_conll(path, token_column=config.token_column, tag_column=config.tag_column)
 
 
+def _read_dense(
+    config: DataConfig, codec: TaggingCodec, path: Path, labelled: bool
+) -> DenseTaggingDataset:
+    table = read_dense_tokens(path, config.features_key)
+    if table.features.shape[1] != codec.num_inputs:
+        raise DataError(
+            path, None, f"{config.features_key}: expected {codec.num_inputs} numbers for each "
+            f"token, as in training, got {table.features.shape[1]}; use data of the same kind",
+        )  # fmt: skip
+    if labelled:
+        _require_known(table, table.require_labels(), codec.tags)
+    return DenseTaggingDataset(table, codec)
+
+
+def _require_known(table: DenseTokens, labels: np.ndarray, tags: Sequence[str]) -> None:
+    for label in np.unique(labels):
+        if str(label) not in tags:
+            raise DataError(
+                table.path, None, f"label: expected one of the {len(tags)} labels of the training "
+                f"data, got {label}; drop its sequences",
+            )  # fmt: skip
+
+
+def _dense_splits(config: Config) -> Splits:
+    """Cut by folds, where the settings name some, otherwise as other formats are."""
+    data = config.data
+    table = read_dense_tokens(data_path(data, data.train[0]), data.features_key)
+    labels = table.require_labels()
+    rows = table.in_folds(data.train_folds) if data.train_folds else np.arange(len(table))
+    tags = tuple(map(str, np.unique(labels[table.tokens_of(rows)])))
+    codec = TaggingCodec(tags, DenseTokenFeatures(table.features.shape[1]))
+    whole = DenseTaggingDataset(table, codec)
+    if not data.train_folds:
+        return _split(config, whole, codec)
+    parts = _split(config, Subset(whole, rows), codec)
+    if not data.test_folds:
+        return parts
+    test = table.in_folds(data.test_folds)
+    _require_known(table, labels[table.tokens_of(test)], tags)
+    return replace(parts, test=Subset(whole, test))
+
+
 def _tagging_splits(config: Config) -> Splits:
     data = config.data
+    if data.format == "npz":
+        return _dense_splits(config)
     sentences: list[Sentence] = []
     for name in data.train:
         path = data_path(data, name)
@@ -152,9 +216,22 @@ def _tagging_splits(config: Config) -> Splits:
     features = HashedTokenFeatures(
         num_buckets=config.features.num_buckets, max_affix=config.features.max_affix
     )
-    codec = TaggingCodec(tags, features)
+    if data.spans == "bio":
+        _require_spans(tags)
+    model = config.encoder_model
+    subwords = read_subwords(model) if model else None
+    codec = TaggingCodec(tags, features, data.spans == "bio", subwords)
     whole = TaggingDataset(tuple(sentences), codec)
     return _split(config, whole, codec)
+
+
+def _require_spans(tags: Sequence[str]) -> None:
+    for tag in tags:
+        if tag != "O" and not (tag.startswith(("B-", "I-")) and len(tag) > 2):
+            raise ConfigError(
+                f"data.spans: expected tags O, B-TYPE and I-TYPE for bio, got {tag!r} in the "
+                "training data; set data.spans=none, or choose another data.tag_column"
+            )
 
 
 def _multilabel_splits(config: Config) -> Splits:
@@ -164,6 +241,14 @@ def _multilabel_splits(config: Config) -> Splits:
         _require_targets(table, path)
     codec = MultiLabelCodec(first.label_names, first.feature_names)
     return _split(config, MultiLabelDataset(first.concatenate(rest), codec), codec)
+
+
+def _segmentation_splits(config: Config) -> Splits:
+    first, *rest = [read_images(data_path(config.data, name)) for name in config.data.train]
+    whole = first.concatenate(rest)
+    # The scale of the channels is that of all training files, as they are named in `data.train`.
+    codec = SegmentationCodec.of(whole)
+    return _split(config, SegmentationDataset(whole, codec), codec)
 
 
 def _read_table(

@@ -5,9 +5,6 @@ Keys: `features` (N, D) and `targets` (N, L) of 0 and 1, numbers of any type; `l
 targets is unlabelled. Other keys are not read.
 """
 
-import io
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,12 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 from scipy import sparse
 
-from ispen_dist.data.errors import DataError, read_bytes
+from ispen_dist.data.archives import array_of, numbers_of, open_archive
+from ispen_dist.data.errors import DataError
 from ispen_dist.data.output_file import replacing
 from ispen_dist.data.tables import Matrix, MultiLabelTable, first_entry, not_binary, not_finite
 
-_DAMAGED = (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
+_TABLE = "row column"
 
 
 def read_npz(path: str | Path, label_names: Sequence[str] | None = None) -> MultiLabelTable:
@@ -34,9 +32,9 @@ def read_npz(path: str | Path, label_names: Sequence[str] | None = None) -> Mult
         DataError: for arrays of objects, other shapes, and NaN, infinity or other targets than 0
             and 1, with the zero-based row.
     """
-    archive = _opened(path)
-    features = _matrix(path, archive, "features")
-    targets = _matrix(path, archive, "targets") if "targets" in archive else None
+    archive = open_archive(path, "features=..., targets=...")
+    features = numbers_of(path, archive, "features", _TABLE)
+    targets = numbers_of(path, archive, "targets", _TABLE) if "targets" in archive else None
     if targets is not None and len(targets) != len(features):
         raise DataError(
             path, None, f"targets: expected {len(features)} rows, as features has, "
@@ -56,52 +54,6 @@ def read_npz(path: str | Path, label_names: Sequence[str] | None = None) -> Mult
     )
 
 
-def _opened(path: str | Path) -> NpzFile:
-    try:
-        archive = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
-    except DataError:
-        raise
-    except _DAMAGED as error:
-        raise _damaged(path, "an intact npz archive", error) from None
-    if not isinstance(archive, NpzFile):
-        raise DataError(
-            path, None, "expected an npz archive, got a single array; "
-            "write it with numpy.savez(FILE, features=..., targets=...)",
-        )  # fmt: skip
-    return archive
-
-
-def _damaged(path: str | Path, expected: str, error: Exception) -> DataError:
-    if "pickle" in str(error):
-        return DataError(
-            path, None, f"expected {expected}, got pickled objects, which are never loaded because "
-            "they can run code; write arrays of numbers",
-        )  # fmt: skip
-    return DataError(path, None, f"expected {expected}, got: {error}; write the file again")
-
-
-def _array(path: str | Path, archive: NpzFile, key: str) -> np.ndarray:
-    if key not in archive:
-        found = ", ".join(archive.files) or "none"
-        raise DataError(path, None, f"expected an array {key!r}, got {found}; rename or add it")
-    try:
-        return archive[key]
-    except _DAMAGED as error:
-        raise _damaged(path, f"an array of numbers under {key!r}", error) from None
-
-
-def _matrix(path: str | Path, archive: NpzFile, key: str) -> np.ndarray:
-    array = _array(path, archive, key)
-    if array.dtype.kind not in "biuf":
-        raise DataError(path, None, f"{key}: expected numbers, got {array.dtype}")
-    if array.ndim != 2 or 0 in array.shape:
-        raise DataError(
-            path, None, f"{key}: expected two dimensions, rows and columns, none of them empty, "
-            f"got shape {array.shape}",
-        )  # fmt: skip
-    return array
-
-
 def _check(path: str | Path, key: str, matrix: np.ndarray, expected: str) -> None:
     is_wrong = not_finite if key == "features" else not_binary
     if (entry := first_entry(matrix, is_wrong)) is not None:
@@ -114,7 +66,7 @@ def _check(path: str | Path, key: str, matrix: np.ndarray, expected: str) -> Non
 def _names(path: str | Path, archive: NpzFile, key: str, number: int) -> tuple[str, ...]:
     if key not in archive:
         return tuple(map(str, range(number)))
-    names = _array(path, archive, key)
+    names = array_of(path, archive, key)
     if names.dtype.kind != "U" or names.shape != (number,):
         raise DataError(
             path, None, f"{key}: expected {number} strings, got {names.dtype} of shape "

@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, F hashed features per token, D width, N heads.
 import math
 from abc import ABC, abstractmethod
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,27 @@ class TokenEmbedding(nn.Module):
         return (present.unsqueeze(-2) @ F.embedding(ids_BTF, self.weight)).squeeze(-2)
 
 
+class DenseEmbedding(nn.Module):
+    """A linear map of tokens that are vectors, without a bias: zero where the token is, at padding.
+
+    Args:
+        num_features: numbers of a token.
+        embedding_size: D.
+        feature_dropout: rate at which single numbers are left out in training, the rest scaled up.
+    """
+
+    def __init__(
+        self, num_features: int, embedding_size: int, feature_dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_features, embedding_size, bias=False)
+        self.feature_dropout = Dropout(feature_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, F) to (B, T, D)."""
+        return self.linear(self.feature_dropout(x))
+
+
 class Encoder(nn.Module, ABC):
     """From token vectors (B, T, D) to hidden vectors (B, T, `output_size`), stage by stage.
 
@@ -63,6 +85,37 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def parts(self) -> list[Part]:
         """Return the stages in order."""
+
+
+class TokenMLPEncoder(Encoder):
+    """Hidden layers with ReLU over each token alone, without context.
+
+    Args:
+        input_size: D of the input.
+        width: of the hidden layers.
+        num_layers: hidden layers.
+        dropout: rate between layers.
+    """
+
+    def __init__(
+        self, input_size: int, width: int, num_layers: int = 1, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        sizes = [input_size, *[width] * num_layers]
+        self.layers = nn.ModuleList(nn.Linear(m, n) for m, n in pairwise(sizes))
+        self.dropout = Dropout(dropout)
+        self.output_size = width
+
+    def parts(self) -> list[Part]:
+        """Return the layers."""
+        return [
+            Part(f"layers.{i}", partial(_run_layer, layer, self.dropout if i else None), [layer])
+            for i, layer in enumerate(self.layers)
+        ]
+
+
+def _run_layer(layer: nn.Module, dropout: nn.Module | None, inputs: Inputs, h_BTD: Tensor) -> State:
+    return (F.relu(layer(h_BTD if dropout is None else dropout(h_BTD))),)
 
 
 class BiLSTMEncoder(Encoder):

@@ -37,14 +37,18 @@ class EnergyNetwork(nn.Module, ABC):
         """Return the local potentials `b(x)`, shaped like the logits of the inference network."""
         return self.feature_network(inputs)
 
+    def local(self, potentials: Tensor) -> Tensor:
+        """Return what of the potentials are logits of an independent model: by default, all."""
+        return potentials
+
     @abstractmethod
     def score(self, potentials: Tensor, y: Tensor) -> Tensor:
         """Return energies (B,) of y (B, ...), or (S, B) of y (S, B, ...)."""
 
     def forward(self, inputs: Mapping[str, Tensor], y: Tensor | None = None) -> Tensor:
-        """Return the energies of y at inputs, see `score`; without y the local potentials."""
+        """Return the energies of y at inputs, see `score`; without y, see `local`."""
         potentials = self.potentials(inputs)
-        return potentials if y is None else self.score(potentials, y)
+        return self.local(potentials) if y is None else self.score(potentials, y)
 
     @abstractmethod
     def interaction(self) -> Tensor:

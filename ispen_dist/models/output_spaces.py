@@ -1,4 +1,4 @@
-"""The two kinds of structured outputs: their relaxation, likelihood, cost and samples.
+"""The kinds of structured outputs: their relaxation, likelihood, cost and samples.
 
 Shapes: B batch, T tokens, K tags, L labels, S samples. A relaxed output is `ybar`; a gold one
 that has been encoded the same way (0/1 labels, one-hot tags) is `y`. Every function also accepts
@@ -127,3 +127,25 @@ class TagSequences:
         tags = draws.T.reshape(num_samples, *logits.shape[:-1])
         one_hot = F.one_hot(tags, self.num_tags).to(logits.dtype)
         return one_hot * inputs["mask"].unsqueeze(-1)
+
+
+class BinaryImages(LabelSets):
+    """Foreground masks: y in {0,1}^(H x W), ybar in [0,1], cost 1 - soft IoU of the image.
+
+    Pixels are labels of their own, so everything but the two sums over them is that of `LabelSets`.
+    """
+
+    def nll(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Binary cross entropy summed over pixels: (B,)."""
+        return super().nll(logits, y).sum(-1)
+
+    def cost(self, ybar: Tensor, y: Tensor) -> Tensor:
+        """Return `1 - sum min(ybar, y) / sum max(ybar, y)`, 0 where both are empty: (B,).
+
+        The relaxed IoU of Gygli et al. (2017), eq. 3. For y of 0 and 1 the minimum is the product
+        `ybar y` and the maximum `ybar + y - ybar y`, which have derivatives everywhere.
+        """
+        product = ybar * y
+        overlap, union = product.sum((-1, -2)), (ybar + y - product).sum((-1, -2))
+        empty = union == 0
+        return torch.where(empty, 0.0, 1.0 - overlap / torch.where(empty, 1.0, union))

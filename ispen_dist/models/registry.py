@@ -11,14 +11,17 @@ from typing import Any
 from torch import nn
 
 from ispen_dist.config import EnergyConfig, NetworkConfig
-from ispen_dist.data.datasets import Codec, TaggingCodec
+from ispen_dist.data.datasets import Codec, DenseTokenFeatures, TaggingCodec
+from ispen_dist.data.segmentation import SegmentationCodec
+from ispen_dist.models.convolutions import ConvolutionalEnergy, FullyConvolutional, WithImage
 from ispen_dist.models.energies import EnergyNetwork, LabelInteractionEnergy, LinearChainEnergy
 from ispen_dist.models.high_order import HighOrderEnergy
 from ispen_dist.models.mlp import MLP
-from ispen_dist.models.output_spaces import LabelSets, OutputSpace, TagSequences
+from ispen_dist.models.output_spaces import BinaryImages, LabelSets, OutputSpace, TagSequences
+from ispen_dist.models.pretrained import PretrainedTagger
 from ispen_dist.models.skip_chain import SkipChainEnergy
 from ispen_dist.models.tag_language_model import TagLanguageModelEnergy
-from ispen_dist.models.taggers import BiLSTMTagger, TransformerTagger
+from ispen_dist.models.taggers import BiLSTMTagger, TokenMLPTagger, TransformerTagger
 
 
 def _settings(config: NetworkConfig, *names: str) -> dict[str, Any]:
@@ -28,17 +31,50 @@ def _settings(config: NetworkConfig, *names: str) -> dict[str, Any]:
 _SHARED = ("hidden_size", "num_layers", "dropout", "feature_dropout")
 
 
-def _mlp(config: NetworkConfig, num_inputs: int, num_outputs: int) -> nn.Module:
-    return MLP(num_inputs, num_outputs, **_settings(config, "activation"))
+def _mlp(config: NetworkConfig, codec: Codec, num_outputs: int) -> nn.Module:
+    return MLP(codec.num_inputs, num_outputs, **_settings(config, "activation"))
 
 
-def _bilstm(config: NetworkConfig, num_inputs: int, num_outputs: int) -> nn.Module:
-    return BiLSTMTagger(num_inputs, num_outputs, **_settings(config, "embedding_size"))
+def _tagger(
+    build: Callable[..., nn.Module],
+    config: NetworkConfig,
+    codec: Codec,
+    num_outputs: int,
+    *names: str,
+) -> nn.Module:
+    assert isinstance(codec, TaggingCodec)
+    dense = isinstance(codec.features, DenseTokenFeatures)
+    settings = _settings(config, "embedding_size", *names)
+    return build(codec.num_inputs, num_outputs, dense=dense, **settings)
 
 
-def _transformer(config: NetworkConfig, num_inputs: int, num_outputs: int) -> nn.Module:
-    settings = _settings(config, "embedding_size", "num_heads")
-    return TransformerTagger(num_inputs, num_outputs, **settings)
+def _bilstm(config: NetworkConfig, codec: Codec, num_outputs: int) -> nn.Module:
+    return _tagger(BiLSTMTagger, config, codec, num_outputs)
+
+
+def _transformer(config: NetworkConfig, codec: Codec, num_outputs: int) -> nn.Module:
+    return _tagger(TransformerTagger, config, codec, num_outputs, "num_heads")
+
+
+def _token_mlp(config: NetworkConfig, codec: Codec, num_outputs: int) -> nn.Module:
+    return _tagger(TokenMLPTagger, config, codec, num_outputs)
+
+
+def _pretrained(config: NetworkConfig, codec: Codec, num_outputs: int) -> nn.Module:
+    assert isinstance(codec, TaggingCodec)
+    assert codec.subwords is not None
+    return PretrainedTagger(
+        codec.subwords,
+        num_outputs,
+        source=config.model,
+        trainable_layers=config.trainable_layers,
+        dropout=config.dropout,
+    )
+
+
+def _fcn(config: NetworkConfig, codec: Codec, num_outputs: int) -> nn.Module:
+    num_masks = num_outputs // codec.num_outputs
+    return FullyConvolutional(codec.num_inputs, num_masks=num_masks, **_settings(config))
 
 
 def _label_interaction(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
@@ -66,10 +102,19 @@ def _tag_language_model(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
     return TagLanguageModelEnergy(features, codec.num_outputs, *sizes)
 
 
-NETWORKS: dict[str, Callable[[NetworkConfig, int, int], nn.Module]] = {
+def _convolutional(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
+    assert isinstance(codec, SegmentationCodec)
+    features = WithImage(build_network(config.features, codec))
+    return ConvolutionalEnergy(features, codec.size, config.num_units)
+
+
+NETWORKS: dict[str, Callable[[NetworkConfig, Codec, int], nn.Module]] = {
     "mlp": _mlp,
     "bilstm": _bilstm,
     "transformer": _transformer,
+    "token_mlp": _token_mlp,
+    "pretrained": _pretrained,
+    "fcn": _fcn,
 }
 ENERGIES: dict[str, Callable[[EnergyConfig, Codec], EnergyNetwork]] = {
     "label_interaction": _label_interaction,
@@ -77,12 +122,13 @@ ENERGIES: dict[str, Callable[[EnergyConfig, Codec], EnergyNetwork]] = {
     "skip_chain": _skip_chain,
     "high_order": _high_order,
     "tag_language_model": _tag_language_model,
+    "convolutional": _convolutional,
 }
 
 
 def build_network(config: NetworkConfig, codec: Codec, num_heads: int = 1) -> nn.Module:
     """Build a network from inputs to the logits of one structure, or of several side by side."""
-    return NETWORKS[config.name](config, codec.num_inputs, num_heads * codec.num_outputs)
+    return NETWORKS[config.name](config, codec, num_heads * codec.num_outputs)
 
 
 def build_energy(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
@@ -94,4 +140,4 @@ def output_space(codec: Codec) -> OutputSpace:
     """Return the kind of structure that a codec describes."""
     if isinstance(codec, TaggingCodec):
         return TagSequences(codec.num_outputs)
-    return LabelSets()
+    return BinaryImages() if isinstance(codec, SegmentationCodec) else LabelSets()

@@ -1,8 +1,9 @@
 """Tagging networks: hashed token features -> embedding -> encoder -> logits per tag.
 
 Used as inference networks A_theta and as the local potentials of an energy. Inputs are
-`{"features": (B, T, F) int64, 0 = absent, "mask": (B, T) bool, tokens first}`; logits are
-(B, T, K), finite and of no meaning at padding.
+`{"features": (B, T, F) int64, 0 = absent, "mask": (B, T) bool, tokens first}`, or, with `dense`,
+features (B, T, F) of numbers, zero at padding; logits are (B, T, K), finite and of no meaning at
+padding.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ispen_dist.models.dropout import Dropout
-from ispen_dist.models.encoders import BiLSTMEncoder, Encoder, TokenEmbedding, TransformerEncoder
+from ispen_dist.models.encoders import (
+    BiLSTMEncoder,
+    DenseEmbedding,
+    Encoder,
+    TokenEmbedding,
+    TokenMLPEncoder,
+    TransformerEncoder,
+)
 from ispen_dist.models.stages import Inputs, Part, StagedNetwork, State
 
 
@@ -24,7 +32,7 @@ class _Tagger(StagedNetwork):
     """Embedding, encoder, and a shortcut from the token's own features to its logits."""
 
     def __init__(
-        self, embedding: TokenEmbedding, encoder: Encoder, sizes: tuple[int, int], dropout: float
+        self, embedding: nn.Module, encoder: Encoder, sizes: tuple[int, int], dropout: float
     ) -> None:
         super().__init__()
         self.embedding = embedding
@@ -54,6 +62,10 @@ class _Tagger(StagedNetwork):
         return (self.output(torch.cat([self.dropout(h_BTD), x_BTD], dim=-1)),)
 
 
+_EMBEDDINGS = {False: TokenEmbedding, True: DenseEmbedding}
+"""By whether tokens are vectors."""
+
+
 class BiLSTMTagger(_Tagger):
     """Tags from a BiLSTM, with a shortcut from the token's own features to its logits.
 
@@ -65,6 +77,7 @@ class BiLSTMTagger(_Tagger):
         num_layers: LSTM layers.
         dropout: rate of embeddings and hidden units.
         feature_dropout: rate of whole input features.
+        dense: whether tokens are vectors of `num_buckets` numbers.
     """
 
     def __init__(
@@ -76,10 +89,11 @@ class BiLSTMTagger(_Tagger):
         num_layers: int = 1,
         dropout: float = 0.0,
         feature_dropout: float = 0.0,
+        dense: bool = False,
     ) -> None:
         encoder = BiLSTMEncoder(embedding_size, hidden_size, num_layers, dropout)
         super().__init__(
-            TokenEmbedding(num_buckets, embedding_size, feature_dropout),
+            _EMBEDDINGS[dense](num_buckets, embedding_size, feature_dropout),
             encoder,
             (encoder.output_size + embedding_size, num_tags),
             dropout,
@@ -98,6 +112,7 @@ class TransformerTagger(_Tagger):
         num_heads: attention heads.
         dropout: rate of embeddings, hidden units and attention weights.
         feature_dropout: rate of whole input features.
+        dense: whether tokens are vectors of `num_buckets` numbers.
     """
 
     def __init__(
@@ -110,10 +125,44 @@ class TransformerTagger(_Tagger):
         num_heads: int = 4,
         dropout: float = 0.0,
         feature_dropout: float = 0.0,
+        dense: bool = False,
     ) -> None:
         super().__init__(
-            TokenEmbedding(num_buckets, embedding_size, feature_dropout),
+            _EMBEDDINGS[dense](num_buckets, embedding_size, feature_dropout),
             TransformerEncoder(embedding_size, hidden_size, num_layers, num_heads, dropout),
+            (hidden_size + embedding_size, num_tags),
+            dropout,
+        )
+
+
+class TokenMLPTagger(_Tagger):
+    """Tags from each token alone; what its neighbours are is left to the energy.
+
+    Args:
+        num_buckets: rows of the embedding table.
+        num_tags: K.
+        embedding_size: width of token embeddings.
+        hidden_size: width of the hidden layers.
+        num_layers: hidden layers.
+        dropout: rate of embeddings and hidden units.
+        feature_dropout: rate of whole input features.
+        dense: whether tokens are vectors of `num_buckets` numbers.
+    """
+
+    def __init__(
+        self,
+        num_buckets: int,
+        num_tags: int,
+        embedding_size: int = 64,
+        hidden_size: int = 128,
+        num_layers: int = 1,
+        dropout: float = 0.0,
+        feature_dropout: float = 0.0,
+        dense: bool = False,
+    ) -> None:
+        super().__init__(
+            _EMBEDDINGS[dense](num_buckets, embedding_size, feature_dropout),
+            TokenMLPEncoder(embedding_size, hidden_size, num_layers, dropout),
             (hidden_size + embedding_size, num_tags),
             dropout,
         )

@@ -30,6 +30,7 @@ _SHOWN = {
 _NAMES_INTERACTION = {
     "tagging": ("learned transitions", "previous tag", "next tag", "score"),
     "multilabel": ("learned label interactions", "label", "label", "curvature of the energy"),
+    "segmentation": ("learned interaction with the centre", "row", "column", "curvature"),
 }
 _MAY_DIFFER = (
     "train.patience", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_best",
@@ -153,9 +154,10 @@ class RunFolder:
         if not self._is_main:
             return
         tag, rows, columns, value = _NAMES_INTERACTION[self.config.data.task]
+        height, width = matrix.shape
         with self.failures.watching(_TENSORBOARD):
             self._tensorboard.heat_map(
-                tag, matrix.detach().cpu().numpy(), names, names, step,
+                tag, matrix.detach().cpu().numpy(), names[:height], names[:width], step,
                 row_name=rows, column_name=columns, value_name=value,
             )  # fmt: skip
 

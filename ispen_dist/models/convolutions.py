@@ -1,0 +1,172 @@
+"""Networks and an energy for images, after the deep value networks of Gygli et al. (2017).
+
+Convolutions have second derivatives in reverse mode on every device; there is no batch norm, whose
+statistics would tie the examples of a batch, and with them the ranks, together.
+
+Shapes: B batch, C channels, H and W height and width, M interaction units, S samples.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ispen_dist.models.dropout import Dropout
+from ispen_dist.models.energies import EnergyNetwork
+from ispen_dist.models.stages import Inputs, Part, StagedNetwork, State
+
+
+class FullyConvolutional(StagedNetwork):
+    """Mask logits of an image: convolutions that halve its size, and as many that double it.
+
+    The first convolution keeps the size (5x5); its output goes beside the last one to the logits,
+    so that edges stay sharp. An odd size is rounded up on the way down and cut at the end.
+
+    Args:
+        num_channels: C of the image.
+        hidden_size: channels of the first layer; deeper ones have twice as many.
+        num_layers: how often the size is halved.
+        dropout: rate of hidden units.
+        feature_dropout: rate on the input.
+        num_masks: masks that are put out, side by side in one wide one.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        *,
+        hidden_size: int,
+        num_layers: int = 1,
+        dropout: float = 0.0,
+        feature_dropout: float = 0.0,
+        num_masks: int = 1,
+    ) -> None:
+        super().__init__()
+        deep = 2 * hidden_size
+        widths = [hidden_size, *[deep] * num_layers]
+        self.first = nn.Conv2d(num_channels, hidden_size, 5, padding=2)
+        self.down = nn.ModuleList(
+            nn.Conv2d(width, deep, 5, stride=2, padding=2) for width in widths[:-1]
+        )
+        # A kernel of twice the stride covers every pixel equally often.
+        self.up = nn.ModuleList(
+            nn.ConvTranspose2d(deep, width, 4, stride=2, padding=1)
+            for width in reversed(widths[:-1])
+        )
+        self.output = nn.Conv2d(2 * hidden_size, num_masks, 3, padding=1)
+        self.dropout = Dropout(dropout)
+        self.feature_dropout = Dropout(feature_dropout)
+
+    def parts(self) -> list[Part]:
+        """Return one stage per convolution.
+
+        The state is `(x, h)`: the output of the first layer for the shortcut, and hidden maps. The
+        input is `inputs["image"]` (B, C, H, W), the output logits (B, H, masks W).
+        """
+        middle = [*self.down, *self.up]
+        names = [f"down.{i}" for i in range(len(self.down))]
+        names += [f"up.{i}" for i in range(len(self.up))]
+        return [
+            Part("first", self._begin, [self.first]),
+            *(
+                Part(name, partial(_hidden, layer, self.dropout), [layer])
+                for name, layer in zip(names, middle, strict=True)
+            ),
+            Part("output", self._score, [self.output]),
+        ]
+
+    def _begin(self, inputs: Inputs) -> State:
+        x = self.dropout(F.relu(self.first(self.feature_dropout(inputs["image"]))))
+        return x, x
+
+    def _score(self, inputs: Inputs, x: Tensor, h: Tensor) -> State:
+        height, width = x.shape[-2:]
+        both = torch.cat([x, h[..., :height, :width]], dim=1)
+        masks = self.output(both)  # (B, masks, H, W)
+        return (masks.movedim(1, -2).flatten(-2),)
+
+
+def _hidden(layer: nn.Module, dropout: nn.Module, inputs: Inputs, x: Tensor, h: Tensor) -> State:
+    return x, dropout(F.relu(layer(h)))
+
+
+class WithImage(StagedNetwork):
+    """A network of mask logits (B, H, W) with the image beside them: (B, 1 + C, H, W).
+
+    Args:
+        network: `inputs -> logits`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(network, StagedNetwork)
+        self.network = network
+
+    def parts(self) -> list[Part]:
+        """Return the stages of the network, and one that has no parameters."""
+        return [*self.network.parts(), Part("image", _beside_image, [])]
+
+
+def _beside_image(inputs: Inputs, logits: Tensor) -> State:
+    return (torch.cat([logits.unsqueeze(1), inputs["image"]], dim=1),)
+
+
+class ConvolutionalEnergy(EnergyNetwork):
+    """Energy of a mask, `E = - sum_p y_p (b_p(x) + c) + v^T h(x, y)`.
+
+    `h` are two strided 5x5 convolutions of image and mask with softplus, and a dense layer `v` over
+    all their positions, as in the value network of Gygli et al. (2017), Section 4.2, which has two
+    dense layers more. `b` are logits of a network of the energy's own, `c` a bias that stays
+    trainable when `b` is frozen. The image reaches the energy through the potentials, which are
+    (B, 1 + C, H, W): b and the image, see `WithImage`.
+
+    Args:
+        feature_network: `inputs -> potentials`.
+        size: H, W and C.
+        num_units: M, channels of the first convolution; the second has twice as many.
+    """
+
+    def __init__(
+        self, feature_network: nn.Module, size: tuple[int, int, int], num_units: int
+    ) -> None:
+        super().__init__(feature_network)
+        height, width, channels = size
+        self.size = size
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.of_mask = nn.Conv2d(1, num_units, 5, stride=2, padding=2)
+        self.of_image = nn.Conv2d(channels, num_units, 5, stride=2, padding=2, bias=False)
+        self.second = nn.Conv2d(num_units, 2 * num_units, 5, stride=2, padding=2)
+        positions = math.ceil(height / 4) * math.ceil(width / 4)
+        self.v = nn.Parameter(torch.zeros(2 * num_units * positions))
+
+    def local(self, potentials: Tensor) -> Tensor:
+        """Return b (B, H, W)."""
+        return potentials[:, 0]
+
+    def score(self, potentials: Tensor, y: Tensor) -> Tensor:
+        """Return energies (B,) of y (B, H, W), or (S, B) of y (S, B, H, W)."""
+        unary = (y * (self.local(potentials) + self.bias)).sum((-1, -2))
+        return self._global(self.of_image(potentials[:, 1:]), y) - unary
+
+    def _global(self, image: Tensor, y: Tensor) -> Tensor:
+        """Return `v^T h` given the first convolution of the image, (B, M, H/2, W/2)."""
+        mask = self.of_mask(y.reshape(-1, 1, *y.shape[-2:]))
+        first = F.softplus(mask.unflatten(0, y.shape[:-2]) + image)
+        second = F.softplus(self.second(first.flatten(0, -4)))
+        return (second.flatten(1) @ self.v).unflatten(0, y.shape[:-2])
+
+    def interaction(self) -> Tensor:
+        """Return the mixed second derivatives of `v^T h` with the centre pixel: (H, W).
+
+        They are taken at an undecided mask, y = 1/2, on an image of average colour.
+        """
+        height, width, _ = self.size
+        with torch.enable_grad():
+            y = torch.full((1, height, width), 0.5).to(self.v).requires_grad_()
+            image = torch.zeros(1, self.of_mask.out_channels, 1, 1).to(self.v)
+            energy = self._global(image, y).sum()
+            (slope,) = torch.autograd.grad(energy, y, create_graph=True)
+            (row,) = torch.autograd.grad(slope[0, height // 2, width // 2], y)
+        return row[0]

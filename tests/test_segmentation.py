@@ -1,0 +1,168 @@
+"""Images with masks: reader, augmentation, costs and metrics against brute force, prediction."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import problems
+import pytest
+import torch
+from malformed import check_error
+from sklearn.metrics import jaccard_score
+
+from ispen_dist.command_line import load_config
+from ispen_dist.data.errors import DataError
+from ispen_dist.data.images import ImageTable, read_images
+from ispen_dist.data.loading import load_splits
+from ispen_dist.data.segmentation import Augmentation, SegmentationCodec, SegmentationDataset
+from ispen_dist.metrics import SegmentationMetrics
+from ispen_dist.models.output_spaces import BinaryImages
+from ispen_dist.players import build_players
+from ispen_dist.prediction_files import predict_file
+from ispen_dist.predictor import Predictor
+
+ROOT = Path(__file__).parent.parent
+DRAW = np.random.default_rng(0)
+IMAGES = DRAW.integers(0, 256, (3, 5, 4, 2), dtype=np.uint8)
+MASKS = (DRAW.random((3, 5, 4)) < 0.5).astype(np.uint8)
+
+
+def archive(**arrays) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def with_value(array, value):
+    changed = array.astype(np.float64)
+    changed[1, 2, 3] = value
+    return changed
+
+
+MALFORMED = {
+    "no images": (archive(pixels=IMAGES), "an array 'images'", "pixels"),
+    "no channels": (archive(images=IMAGES[..., 0]), "image row column channel", "(3, 5, 4)"),
+    "text": (archive(images=IMAGES.astype(str), masks=MASKS), "images: expected numbers", "<U3"),
+    "fewer masks": (archive(images=IMAGES, masks=MASKS[:2]), "(3, 5, 4)", "(2, 5, 4)"),
+    "NaN": (archive(images=with_value(IMAGES, np.nan)), "images[1, 2, 3, 0]", "nan"),
+    "grey mask": (archive(images=IMAGES, masks=with_value(MASKS, 2)), "masks[1, 2, 3]", "2"),
+    "objects": (archive(images=np.array([[[[None]]]])), "numbers under 'images'", "pickled"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_images(case, write):
+    content, expected, got = MALFORMED[case]
+    path = write(content, "horses.npz")
+    check_error(lambda: read_images(path), path, None, expected, got)
+
+
+def test_images_of_another_size_or_without_masks_are_refused(write):
+    table = read_images(write(archive(images=IMAGES, masks=MASKS), "a.npz"))
+    other = read_images(write(archive(images=IMAGES[:, :4]), "b.npz"))
+    with pytest.raises(DataError, match=r"b\.npz: images: expected .*\(5, 4, 2\).*got \(4, 4, 2\)"):
+        table.concatenate([other])
+    with pytest.raises(DataError, match=r"b\.npz: expected an array 'masks'"):
+        other.require_masks()
+
+
+def test_a_batch_has_standardised_channels():
+    table = ImageTable(IMAGES, MASKS)
+    dataset = SegmentationDataset(table, SegmentationCodec.of(table))
+    batch = dataset.collate([0, 1, 2])
+    channels = batch.inputs["image"].transpose(0, 1).flatten(1)
+    torch.testing.assert_close(channels.mean(1), torch.zeros(2), atol=1e-6, rtol=0.0)
+    torch.testing.assert_close(channels.std(1, correction=0), torch.ones(2))
+    assert (batch.target.numpy() == MASKS).all()
+
+
+def test_augmentation_moves_image_and_mask_together_and_by_seed_step_and_example_alone():
+    batch = problems.random_segmentation_batch(6)
+    batch = replace(batch, inputs={"image": batch.target.unsqueeze(1)})
+    augment = Augmentation(seed=3, flip=True, shift=2)
+    seen = augment(batch, 7)
+    assert torch.equal(seen.inputs["image"][:, 0], seen.target)
+    assert not torch.equal(seen.target, batch.target)
+    part = replace(
+        batch,
+        inputs={"image": batch.inputs["image"][4:]},
+        target=batch.target[4:],
+        index=batch.index[4:],
+    )
+    assert torch.equal(augment(part, 7).target, seen.target[4:])
+    assert not torch.equal(augment(batch, 8).target, seen.target)
+    flips = Augmentation(seed=3, flip=True, shift=0)(batch, 7)
+    assert all(
+        torch.equal(new, old) or torch.equal(new, old.flip(-1))
+        for new, old in zip(flips.target, batch.target, strict=True)
+    )
+
+
+def test_the_metric_is_that_of_the_library_and_of_the_cost():
+    batch = problems.random_segmentation_batch(5)
+    batch.target[0] = 0.0
+    ybar = torch.rand(batch.target.shape, generator=torch.Generator().manual_seed(4))
+    ybar[0] = 0.0
+    metrics = SegmentationMetrics()
+    parts = metrics.zero()
+    for rows in ([0], [1, 2, 3], [4]):
+        part = replace(batch, target=batch.target[rows], weight=batch.weight[rows])
+        parts += metrics.sums(ybar[rows], part)
+    values = metrics.finish(parts, None)
+    gold, predicted = batch.target.flatten(1).numpy(), (ybar > 0.5).flatten(1).numpy()
+    each = [jaccard_score(g, p, zero_division=1.0) for g, p in zip(gold, predicted, strict=True)]
+    assert values["mean_iou"] == pytest.approx(np.mean(each))
+    assert values["global_iou"] == pytest.approx(jaccard_score(gold.ravel(), predicted.ravel()))
+    filler = replace(batch, weight=torch.zeros(5))
+    assert metrics.sums(ybar, filler).tolist() == [0.0] * 4
+
+
+def test_the_relaxed_cost_is_one_minus_minimum_over_maximum():
+    batch, space = problems.random_segmentation_batch(3), BinaryImages()
+    ybar = torch.rand(2, *batch.target.shape, dtype=torch.float64)
+    ratio = torch.minimum(ybar, batch.target).sum((-1, -2)) / torch.maximum(
+        ybar, batch.target.expand_as(ybar)
+    ).sum((-1, -2))
+    torch.testing.assert_close(space.cost(ybar, batch.target), 1.0 - ratio)
+    empty = torch.zeros(1, 5, 4)
+    assert space.cost(empty, empty) == 0.0
+
+
+def test_the_interaction_of_the_energy_is_its_mixed_second_derivative():
+    players = build_players(
+        problems.segmentation_config(), problems.segmentation_codec(), problems.CPU
+    )
+    with torch.no_grad():
+        for name, value in problems.random_phi(players).items():
+            players.phi[name].copy_(value)
+    potentials = torch.zeros(1, 3, 5, 4, dtype=torch.float64)
+    half = torch.full((1, 5, 4), 0.5, dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(
+        lambda y: players.energy.score(potentials, y).sum(), half
+    )
+    torch.testing.assert_close(players.energy.interaction(), hessian[0, 2, 2, 0])
+
+
+def test_a_model_predicts_masks_into_a_file(tmp_path, write):
+    codec = problems.segmentation_codec()
+    players = build_players(problems.segmentation_config(), codec, torch.device("cpu"))
+    Predictor(players, codec).save_pretrained(tmp_path / "model")
+    predictor = Predictor.from_pretrained(tmp_path / "model")
+    source = write(archive(images=IMAGES), "new.npz")
+    predict_file(predictor, source, tmp_path / "out.npz", probabilities=True)
+    with np.load(tmp_path / "out.npz") as written:
+        assert (written["masks"] == (written["probabilities"] > 0.5)).all()
+    assert read_images(tmp_path / "out.npz").require_masks().shape == (3, 5, 4)
+
+
+def test_the_horses_are_cut_as_their_split_file_says(shared_data, monkeypatch):
+    if not (shared_data / "weizmann_horses").is_dir():
+        pytest.skip(f"no weizmann_horses in {shared_data}")
+    monkeypatch.setenv("ISPEN_DATA", str(shared_data))
+    splits = load_splits(load_config(ROOT / "configs" / "weizmann_horses.yaml"))
+    assert splits.test is not None
+    assert [len(splits.train), len(splits.dev), len(splits.test)] == [160, 40, 128]
+    batch = splits.train.collate([0, 5])
+    assert batch.inputs["image"].shape == (2, 3, 32, 32)
+    assert 0.02 < batch.target.mean() < 0.6
