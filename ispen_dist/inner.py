@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ispen_dist import ranges
 from ispen_dist.data.batch import Batch
 from ispen_dist.engine import Engines
 from ispen_dist.objectives import inner_terms, mle
@@ -13,6 +14,7 @@ from ispen_dist.players import LOCAL, Players, is_local
 Statistics = Mapping[str, Tensor]
 
 
+@ranges.marked("inner step")
 def inner_step(
     players: Players, engines: Engines, batch: Batch, energy_weight: float
 ) -> Statistics:
@@ -54,6 +56,7 @@ def potentials_and_head(engines: Engines, batch: Batch) -> tuple[Tensor, dict[st
     return features.value(), engines.energy.collect(names)
 
 
+@ranges.marked("pretraining step")
 def pretrain_local_step(players: Players, engines: Engines, batch: Batch) -> Statistics:
     """Update the local potentials of the energy once, as the logits of an independent model.
 

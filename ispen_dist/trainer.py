@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ispen_dist import ops
+from ispen_dist import ops, ranges
 from ispen_dist.checkpoint import Checkpoint
 from ispen_dist.config import Config, OptimizerConfig
 from ispen_dist.data.batch import Batch
@@ -31,6 +31,7 @@ from ispen_dist.optim import Phase
 from ispen_dist.outer import OuterStep, SolverRecord
 from ispen_dist.players import build_players, groups_of, networks_of
 from ispen_dist.predictor import save_model
+from ispen_dist.recording.profiler import RoundProfiler
 from ispen_dist.recording.run_folder import RunFolder
 from ispen_dist.run_state import (
     own,
@@ -86,6 +87,7 @@ class Trainer:
             keep=config.train.keep_checkpoints,
             sync=folder.sync,
         )
+        self.profiler = RoundProfiler(config, session, folder)
         self.boundary = Boundary(session.largest)
         self.boundary.add("stop", lambda: session.stop.signal)
         self.boundary.add("not written", lambda: folder.failures.must_stop)
@@ -161,7 +163,7 @@ class Trainer:
             NotFinite: see `train.on_not_finite`.
             StorageFailed: on all ranks, see `train.on_save_error`.
         """
-        with self.saver:
+        with self.saver, self.profiler:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
@@ -169,6 +171,7 @@ class Trainer:
         before = self.seconds
         self.folder.start(self.num_rounds, self.round)
         self._require_everything_written()
+        self.profiler.begin(self.round)
         while self.round < self.num_rounds and not self._out_of_patience():
             round_begin = time.perf_counter()
             figures = self.train_round()
@@ -191,6 +194,7 @@ class Trainer:
                 self.saver.finish()
                 self._require_everything_written()
                 raise Stopped(self.round, signal.Signals(told["stop"]).name)
+            self.profiler.end_round()
         self.saver.finish()
         return self._finish(self.saver.summary(time.perf_counter() - begin))
 
@@ -203,6 +207,7 @@ class Trainer:
                 self.engines.energy.begin(self.learning)
             self.session.watchdog.beat("outer step")
             figures.update(self.outer_step(*self._outer_batches(step), step))
+            self.folder.record_solve(self.round + 1, self.outer_step.residuals)
             self.not_finite.enter_outer(figures["update_norm"])
         return figures
 
@@ -292,6 +297,7 @@ class Trainer:
 
     # -- evaluation and records ----------------------------------------------------------------
 
+    @ranges.marked("evaluation")
     def _evaluate(self, dataset: Dataset, threshold: float | None = None) -> dict[str, float]:
         engine = self.engines.inference_net
 
@@ -321,6 +327,7 @@ class Trainer:
             return
         self.selection.enter(dev)
 
+    @ranges.marked("records")
     def _record(self, figures: Mapping[str, float]) -> None:
         last = self.round == self.num_rounds
         if last or self.round % self.config.train.log_every == 0:
@@ -369,6 +376,7 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------------------
 
+    @ranges.marked("checkpoint")
     def save(self) -> None:
         """Have a checkpoint written of everything that changes, as whole tensors.
 

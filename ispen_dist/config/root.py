@@ -7,6 +7,7 @@ from ispen_dist.config.compile import CompileConfig
 from ispen_dist.config.data import DataConfig, FeatureConfig
 from ispen_dist.config.networks import EnergyConfig, NetworkConfig
 from ispen_dist.config.problems import InnerConfig, OuterConfig
+from ispen_dist.config.profile import ProfileConfig
 from ispen_dist.config.solver import SolverConfig
 from ispen_dist.config.train import TrainConfig
 
@@ -33,6 +34,8 @@ class Config:
     """Compiled functions and kernels."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, seed, records."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Traces of where time and memory go."""
 
     def __post_init__(self) -> None:
         tagging = self.data.task == "tagging"
