@@ -7,9 +7,7 @@ from ispen_dist.config.checks import ANY, check, check_ranges
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """Traces of a few rounds, written per rank under RUN/profile for TensorBoard, Perfetto and
-    profiling/report.py.
-    """
+    """Traces of a few rounds, one per rank under RUN/profile; see profiling/report.py."""
 
     enabled: bool = False
     """Record traces. Off, no profiler is called at all."""
@@ -19,7 +17,7 @@ class ProfileConfig:
     wait: int = 0
     """Rounds that are left out before every recording."""
     warmup: int = 1
-    """Rounds recorded and thrown away, since the first ones carry the cost of starting to record."""
+    """Rounds recorded and thrown away, since the first one carries the cost of starting."""
     steps: int = 3
     """Rounds that are recorded in a row, into one trace."""
     repeat: int = 1

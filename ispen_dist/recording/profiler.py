@@ -105,7 +105,7 @@ class RoundProfiler:
         )
 
     def end_round(self) -> None:
-        """Say that a round is over: the recorder moves on, and a trace is written when it is due."""
+        """Say that a round is over; the recorder moves on and writes a trace when it is due."""
         if not self._settings.enabled:
             return
         before = self._action
@@ -115,6 +115,7 @@ class RoundProfiler:
         if self._recorder is not None:
             if before is ProfilerAction.RECORD_AND_SAVE:
                 self._session.watchdog.beat("profile")
+                self._describe(self._recorder)
             self._recorder.step()
         self._turn(self._action, before)
 
@@ -138,10 +139,13 @@ class RoundProfiler:
     def _range(self, name: str) -> AbstractContextManager[Any]:
         return torch.cuda.nvtx.range(name) if self._settings.nsys else record_function(name)
 
-    def _write(self, recorder: profile) -> None:
-        """Write a trace under a name that TensorBoard's plugin reads: worker, number, suffix."""
+    def _describe(self, recorder: profile) -> None:
+        """Say in the trace, which must still be recording, of what it is."""
         about = {"rank": self._session.rank, "last_round": self._round, "seconds": self._seconds}
         recorder.add_metadata_json(METADATA, json.dumps(about))
+
+    def _write(self, recorder: profile) -> None:
+        """Write a trace under a name that TensorBoard's plugin reads: worker, number, suffix."""
         with self._failures.watching("profile"), replacing(self._path("pt.trace.json.gz")) as path:
             # The recorder compresses by the name's end.
             compressed = path.with_name(f"{path.name}.gz")
@@ -170,6 +174,8 @@ class RoundProfiler:
     ) -> None:
         ranges.use(None)
         if self._recorder is not None:
+            if self._recorder.current_action in _RECORDING:
+                self._describe(self._recorder)
             self._recorder.stop()
             self._recorder = None
 
