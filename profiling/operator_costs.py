@@ -57,9 +57,9 @@ def input_bytes(event: Event) -> int:
     if event.name in _MOVES_NOTHING:
         return 0
     shapes, types = (event.args.get(key, []) for key in ("Input Dims", "Input type"))
-    total = 0
-    for shape, kind in zip(shapes, types, strict=False):
-        if isinstance(kind, str) and kind in _SIZES and isinstance(shape, list):
-            if all(isinstance(n, int) for n in shape):
-                total += math.prod(shape) * _SIZES[kind] if shape else 0
-    return total
+    return sum(
+        math.prod(shape) * _SIZES[kind]
+        for shape, kind in zip(shapes, types, strict=False)
+        # Scalars have no shape, and lists of tensors lists of shapes.
+        if kind in _SIZES and shape and all(isinstance(n, int) for n in shape)
+    )

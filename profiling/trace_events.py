@@ -111,7 +111,9 @@ def find_traces(folder: Path) -> list[Path]:
             f"{_TO_DO}"
         )
     newest = max(int(m["round"]) for m, _ in found)
-    return [p for m, p in sorted(found, key=lambda f: int(f[0]["rank"])) if int(m["round"]) == newest]
+    return [
+        p for m, p in sorted(found, key=lambda f: int(f[0]["rank"])) if int(m["round"]) == newest
+    ]
 
 
 def read_trace(path: Path) -> Trace:
