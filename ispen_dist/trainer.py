@@ -327,7 +327,6 @@ class Trainer:
             return
         self.selection.enter(dev)
 
-    @ranges.marked("records")
     def _record(self, figures: Mapping[str, float]) -> None:
         last = self.round == self.num_rounds
         if last or self.round % self.config.train.log_every == 0:

@@ -135,6 +135,8 @@ def read_trace(path: Path) -> Trace:
             f"{path}: expected a trace of the PyTorch profiler, got JSON of another form "
             f"({type(error).__name__}: {error}); {_TO_DO}"
         ) from error
+    # A round that was interrupted is in the trace, but its time is not known.
+    trace.rounds = sorted(trace.rounds, key=lambda e: e.begin)[: len(trace.seconds)]
     if not trace.rounds:
         raise TraceError(f"{path}: expected marked rounds in the trace, found none; {_TO_DO}")
     return trace

@@ -1,5 +1,6 @@
 """What people see: TensorBoard's pages and the report, in a browser."""
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -82,8 +83,6 @@ def test_the_profiler_plugin_answers_with_the_data_of_the_run(server):
         query = urlencode({"run": run, "worker": "rank_0", "span": "1", **more})
         with urlopen(f"{plugin}/{what}?{query}", timeout=60) as response:
             body = response.read()
-        import gzip
-
         return json.loads(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
 
     assert len(of_rank("overview")["steps"]["rows"]) == 2

@@ -122,19 +122,21 @@ class RoundProfiler:
     def _turn(self, action: ProfilerAction, before: ProfilerAction) -> None:
         """Switch ranges, and what else is recorded beside the trace."""
         ranges.use(None if action is ProfilerAction.NONE else self._range)
-        begins = action in _RECORDING and before is not ProfilerAction.RECORD
-        ends = before is ProfilerAction.RECORD_AND_SAVE
-        if self._settings.nsys and ends:
-            torch.cuda.profiler.stop()
-        if self._settings.memory_snapshot and ends:
-            self._write_snapshot()
-        if begins:
+        if before is ProfilerAction.RECORD_AND_SAVE:
+            self._end_beside()
+        if action in _RECORDING and before is not ProfilerAction.RECORD:
             self._seconds = []
             if self._settings.memory_snapshot:
                 torch.cuda.memory._record_memory_history(max_entries=MAX_ALLOCATIONS)
             if self._settings.nsys:
                 torch.cuda.profiler.start()
         self._begin = time.perf_counter()
+
+    def _end_beside(self) -> None:
+        if self._settings.nsys:
+            torch.cuda.profiler.stop()
+        if self._settings.memory_snapshot:
+            self._write_snapshot()
 
     def _range(self, name: str) -> AbstractContextManager[Any]:
         return torch.cuda.nvtx.range(name) if self._settings.nsys else record_function(name)
@@ -172,9 +174,14 @@ class RoundProfiler:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if not self._settings.enabled:
+            return
         ranges.use(None)
+        is_recording = self._action in _RECORDING
+        if is_recording:
+            self._end_beside()
         if self._recorder is not None:
-            if self._recorder.current_action in _RECORDING:
+            if is_recording:
                 self._describe(self._recorder)
             self._recorder.stop()
             self._recorder = None

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ispen_dist import ranges
 from ispen_dist.command_line import config_to_dict, dump_config, load_config
 from ispen_dist.config import Config, ConfigError, ProfileConfig
 from ispen_dist.data.output_file import replacing
@@ -114,6 +115,7 @@ class RunFolder:
         with self.failures.watching(_TENSORBOARD):
             self._tensorboard.scalars({f"{phase}/{k}": v for k, v in figures.items()}, step)
 
+    @ranges.marked("records")
     def record_round(self, step: int, figures: Mapping[str, float]) -> None:
         """Write the figures of a round everywhere."""
         if not self._is_main:
@@ -124,6 +126,7 @@ class RunFolder:
             shown.pop("not finite", None)
         self._console.update(step, {**shown, **self._dev_shown})
 
+    @ranges.marked("records")
     def record_solve(self, step: int, residuals: Sequence[float]) -> None:
         """Keep the residuals of a solve for the picture; a row where the run is profiled."""
         if not (self._is_main and residuals):
@@ -133,6 +136,7 @@ class RunFolder:
             with self.failures.watching(_METRICS):
                 self._metrics.write(step, "solve", {"residuals": residuals})
 
+    @ranges.marked("records")
     def record_save(self, step: int, figures: Mapping[str, float | None]) -> None:
         """Write what a save cost, and hand all records so far to the system."""
         if not self._is_main:
@@ -150,6 +154,7 @@ class RunFolder:
         self._metrics.sync()
         self._tensorboard.sync()
 
+    @ranges.marked("records")
     def record_dev(self, step: int, dev: Mapping[str, float]) -> None:
         """Write the metrics of an evaluation on dev, and redraw the curve."""
         if not self._is_main:
@@ -166,6 +171,7 @@ class RunFolder:
             if self._solves:
                 self._tensorboard.convergence("solver convergence", dict(self._solves), step)
 
+    @ranges.marked("records")
     def record_interaction(self, step: int, matrix: Tensor, names: Sequence[str]) -> None:
         """Draw the learned interaction between output variables."""
         if not self._is_main:
