@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from device_limits import Limits
 from matplotlib import colormaps
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from phases import OTHER, Breakdown
@@ -18,9 +19,9 @@ MAX_PIECES = 4000
 """Of a rank in the timeline; shorter ones beyond it would not be seen anyway."""
 
 
-def _colour(phase: str) -> tuple[float, ...] | str:
+def _colour(phase: str) -> str:
     names = list(ranges.NAMES)
-    return "0.8" if phase == OTHER else colormaps["tab20"](names.index(phase) % 20)
+    return "0.8" if phase == OTHER else to_hex(colormaps["tab20"](names.index(phase) % 20))
 
 
 def data_uri(figure: Figure) -> str:
