@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ispen_dist import ranges
 from ispen_dist.graphs.compiler import Compiler
 from ispen_dist.graphs.operators import CompiledOperator, compiled_outer_gradients
 from ispen_dist.linalg.conjugate_gradients import CG
@@ -137,7 +138,8 @@ def hypergradient(
         raise ValueError(f"damping: expected a number >= 0, got {damping}")
     reduction = reduction or OneProcess()
     outer = outer_gradients(outer_loss, theta, phi, reduction)
-    operator = build_operator(curvature, inner_loss, theta, phi, reduction)
+    with ranges.named("curvature"):
+        operator = build_operator(curvature, inner_loss, theta, phi, reduction)
     vectors = Replicas(reduction).vectors(local_vectors(outer[0].device))
     return _through_solution(outer, operator, solver, damping, vectors, start)
 
@@ -170,15 +172,18 @@ def staged_hypergradient(
     operator: CurvatureOperator
     if compiler is not None:
         outer = compiled_outer_gradients(outer_loss, compiler)
-        operator = CompiledOperator(inner_loss, compiler, curvature)
+        with ranges.named("curvature"):
+            operator = CompiledOperator(inner_loss, compiler, curvature)
     else:
         outer = staged_outer_gradients(outer_loss)
-        operator = build_staged_operator(curvature, inner_loss)
+        with ranges.named("curvature"):
+            operator = build_staged_operator(curvature, inner_loss)
     layout = inner_loss.model.layout
     vectors = layout.vectors(local_vectors(outer[0].device))
     return _through_solution(outer, operator, solver, damping, vectors, start)
 
 
+@ranges.marked("outer gradient")
 def staged_outer_gradients(loss: StagedLoss) -> tuple[Tensor, Tree, Tree]:
     """Return `(L, d_theta L, d_phi L)` of a staged loss, as own parts."""
     states = loss.model.states()
@@ -198,12 +203,16 @@ def _through_solution(
 ) -> Hypergradient:
     """Solve, and insert the solution in the equation at the head of this file."""
     value, d_theta, explicit = outer
-    solution = solver.solve(operator.matvec, d_theta, shift=damping, vectors=vectors, start=start)
-    mixed = operator.mixed(solution.value, solution.combination)
+    matvec = ranges.marked("product")(operator.matvec)
+    with ranges.named("solve"):
+        solution = solver.solve(matvec, d_theta, shift=damping, vectors=vectors, start=start)
+    with ranges.named("mixed product"):
+        mixed = operator.mixed(solution.value, solution.combination)
     implicit = {key: part.neg() for key, part in mixed.items()}
     return Hypergradient(explicit, implicit, solution, value, operator.value, operator.gradient)
 
 
+@ranges.marked("outer gradient")
 def outer_gradients(
     outer_loss: Loss, theta: Tree, phi: Tree, reduction: Reduction | None = None
 ) -> tuple[Tensor, Tree, Tree]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ispen_dist import ranges
 from ispen_dist.data.batch import Batch
 from ispen_dist.engine import Engines
 from ispen_dist.inference import potentials_and_head
@@ -14,6 +15,7 @@ from ispen_dist.players import Players
 Statistics = Mapping[str, Tensor]
 
 
+@ranges.marked("inner step")
 def inner_step(
     players: Players, engines: Engines, batch: Batch, energy_weight: float
 ) -> Statistics:
@@ -48,6 +50,7 @@ def inner_step(
     }
 
 
+@ranges.marked("pretraining step")
 def pretrain_local_step(players: Players, engines: Engines, batch: Batch) -> Statistics:
     """Update the local potentials of the energy once, as the logits of an independent model.
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ispen_dist import ranges
 from ispen_dist.data.batch import Batch
 from ispen_dist.engine import (
     Engines,
@@ -117,6 +118,7 @@ class InnerProgram:
 
     # -- all steps in one function -------------------------------------------------------------
 
+    @ranges.marked("inner step")
     def _recorded_steps(
         self, shaped: "_Shaped", batches: list[Batch], masks: list[list[Tensor]]
     ) -> list[Statistics]:
@@ -174,6 +176,7 @@ class InnerProgram:
 
     # -- one step after the other --------------------------------------------------------------
 
+    @ranges.marked("inner step")
     def _step(self, shaped: "_Shaped", batch: Batch, masks: list[Tensor]) -> Statistics:
         engine = self._engine
         theta = [p.detach() for p in engine.trained().values()]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ispen_dist import ranges
 from ispen_dist.config import Config, ConfigError, SolverConfig
 from ispen_dist.data.batch import Batch
 from ispen_dist.engine import Engine, Engines
@@ -132,6 +133,7 @@ class OuterStep:
         rank: this process, for its samples and dropout masks.
         record: statuses, damping and warm start; part of the checkpoint.
         compiler: of the curvature; None computes it as it is.
+        residuals: of the last solve, see `Solution.residuals`.
     """
 
     players: Players
@@ -139,6 +141,7 @@ class OuterStep:
     rank: int
     record: SolverRecord
     compiler: Compiler | None = None
+    residuals: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         self._losses = Losses(self.players, self.engines)
@@ -149,6 +152,7 @@ class OuterStep:
     def _config(self) -> Config:
         return self.players.config
 
+    @ranges.marked("outer step")
     def __call__(self, inner_batch: Batch, outer_batch: Batch, step: int) -> Mapping[str, float]:
         """Take one outer step.
 
@@ -221,6 +225,7 @@ class OuterStep:
             **probe,
         }
 
+    @ranges.marked("probe")
     def _probe(self, inner_batch: Batch, step: int) -> Mapping[str, float]:
         """Check once, before curvature is trusted, that u.Hv = v.Hu, and how exact a product is.
 
@@ -314,6 +319,7 @@ class OuterStep:
         while True:
             solve = self._hypergradient(inner_batch, outer_batch, step)
             record.count(solve)
+            self.residuals = solve.solution.residuals
             if solve.status.usable:
                 eased = record.damping / math.sqrt(config.damping_factor)
                 record.damping = max(config.damping, eased)
@@ -325,6 +331,7 @@ class OuterStep:
             num_repeats -= 1
             record.damping *= config.damping_factor
 
+    @ranges.marked("energy update")
     def _update(self, gradient: Tree, batch: Batch) -> float:
         """Apply a gradient unless it is not finite, which every rank sees alike."""
         (norm,) = norms(self.engines.energy.layout, gradient)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ispen_dist import ranges
 from ispen_dist.config import CompileConfig
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Dataset
@@ -42,6 +43,7 @@ class Source:
             len(dataset), batch_size, seed, session.rank, session.num_ranks
         )
 
+    @ranges.marked("data")
     def batch(self, step: int) -> Batch:
         """Return this rank's part of the global batch of a step."""
         batch = self.dataset.collate(self.sampler.own_batch(step))

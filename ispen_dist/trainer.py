@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ispen_dist import ops
+from ispen_dist import ops, ranges
 from ispen_dist.checkpoint import Checkpoint
 from ispen_dist.config import Config, OptimizerConfig
 from ispen_dist.data.batch import Batch
@@ -33,6 +33,7 @@ from ispen_dist.optim import Phase
 from ispen_dist.outer import OuterStep, SolverRecord
 from ispen_dist.players import build_players, groups_of, load_pretrained, networks_of
 from ispen_dist.predictor import save_model
+from ispen_dist.recording.profiler import RoundProfiler
 from ispen_dist.recording.run_folder import RunFolder
 from ispen_dist.run_state import (
     own,
@@ -91,6 +92,7 @@ class Trainer:
             keep=config.train.keep_checkpoints,
             sync=folder.sync,
         )
+        self.profiler = RoundProfiler(config, session, folder)
         self.boundary = Boundary(session.largest)
         self.boundary.add("stop", lambda: session.stop.signal)
         self.boundary.add("not written", lambda: folder.failures.must_stop)
@@ -165,7 +167,7 @@ class Trainer:
             NotFinite: see `train.on_not_finite`.
             StorageFailed: on all ranks, see `train.on_save_error`.
         """
-        with self.saver:
+        with self.saver, self.profiler:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
@@ -173,6 +175,7 @@ class Trainer:
         before = self.seconds
         self.folder.start(self.num_rounds, self.round)
         self._require_everything_written()
+        self.profiler.begin(self.round)
         while self.round < self.num_rounds and not self._out_of_patience():
             round_begin = time.perf_counter()
             figures = self.train_round()
@@ -195,6 +198,7 @@ class Trainer:
                 self.saver.finish()
                 self._require_everything_written()
                 raise Stopped(self.round, signal.Signals(told["stop"]).name)
+            self.profiler.end_round()
         self.saver.finish()
         return self._finish(self.saver.summary(time.perf_counter() - begin))
 
@@ -213,6 +217,7 @@ class Trainer:
         for step in range(first, first + self.config.outer.steps):
             self.session.watchdog.beat("outer step")
             rows.append(self.outer_step(*self._outer_batches(step), step))
+            self.folder.record_solve(self.round + 1, self.outer_step.residuals)
         self.not_finite.enter_outer([row["update_norm"] for row in rows])
         # The first step of a run has more figures than the others.
         return {k: mean_of_finite([row[k] for row in rows if k in row]) for k in rows[0]}
@@ -304,6 +309,7 @@ class Trainer:
 
     # -- evaluation and records ----------------------------------------------------------------
 
+    @ranges.marked("evaluation")
     def _evaluate(self, dataset: Dataset, threshold: float | None = None) -> dict[str, float]:
         engine = self.engines.inference_net
 
@@ -383,6 +389,7 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------------------
 
+    @ranges.marked("checkpoint")
     def save(self) -> None:
         """Have a checkpoint written of everything that changes, as whole tensors.
 

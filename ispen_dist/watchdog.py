@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 
 from ispen_dist.exits import Exit
 
@@ -20,6 +21,9 @@ LINGER_SECONDS = 3.0
 """Between the stacks and the exit: an exit closes the connections of the other ranks, which are to
 write their own stacks first."""
 
+DETAILS_SECONDS = 10.0
+"""How long `details` may take: it asks libraries that may be stuck themselves."""
+
 
 class Watchdog:
     """A thread that looks whether `beat` was called in time.
@@ -30,6 +34,9 @@ class Watchdog:
     Args:
         timeout: seconds without a beat; 0 watches nothing.
         poll: seconds between two looks.
+
+    Attributes:
+        details: returns what else is known of a hang, such as the last collectives.
     """
 
     def __init__(self, timeout: float, poll: float = POLL_SECONDS) -> None:
@@ -38,6 +45,7 @@ class Watchdog:
         self._limit = max(timeout, FIRST_TIME)
         self._waited = 0.0
         self._ended = threading.Event()
+        self.details: Callable[[], str] = str
 
     @property
     def is_late(self) -> bool:
@@ -84,6 +92,9 @@ class Watchdog:
             f"error: no progress for {self._waited:.0f} s in: {self._work}; raise "
             "train.hang_timeout if it only needs longer; stacks of all threads follow\n" + stacks()
         )
+        asking = threading.Thread(target=lambda: write_prefixed(self.details()), daemon=True)
+        asking.start()
+        asking.join(DETAILS_SECONDS)
 
     def _end(self) -> None:
         self.report()

@@ -93,6 +93,7 @@ def run(command: TrainCommand, session: Session) -> None:
             print(describe(config, splits, session.num_ranks, session.runtime))
         return
     output = command.output or default_output(command, session)
+    session.flight_record.folder = output / "flight_record"
     path = together(
         session, lambda: find_start(command, output, is_main=session.is_main), CANNOT_WORK
     )

@@ -21,7 +21,11 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory):
     """The configuration file of such a run, beside its data."""
-    folder = tmp_path_factory.mktemp("labels")
+    return write_labels(tmp_path_factory.mktemp("labels"))
+
+
+def write_labels(folder):
+    """Write data and configuration into a folder, and return the path of the latter."""
     draw = np.random.default_rng(0)
     features = draw.normal(size=(40, 6)).astype(np.float32)
     np.savez(folder / "all.npz", features=features, targets=(features[:, :3] > 0).astype(np.uint8))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -56,7 +57,7 @@ def test_an_error_on_one_rank_ends_all_and_is_in_the_log(start):
     assert "RuntimeError: planted: out of memory" in job.logs[1].read_text()
 
 
-def test_a_hang_ends_all_ranks_with_4_and_the_stacks_of_all_threads(start):
+def test_a_hang_ends_all_ranks_with_4_and_the_stacks_of_all_threads(start, tmp_path):
     job = start("--train.hang_timeout=4", plant="sleeping_reader")
     job.wait_for("step 1/6")
     begin = time.monotonic()
@@ -70,6 +71,9 @@ def test_a_hang_ends_all_ranks_with_4_and_the_stacks_of_all_threads(start):
         # The watchdog itself, and the thread that hangs.
         assert log.count("most recent call first") >= 2, log
         assert function in log, log
+    # What torch knows of the collective that rank 0 waits in.
+    assert re.search(r"gloo:all_reduce of \S+, not done", job.logs[0].read_text()), job.text()
+    assert (tmp_path / "run" / "flight_record" / "rank_0").stat().st_size > 0
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from ispen_dist.models.registry import ENERGIES, NETWORKS
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ispen_dist"
 LAYERS = [
-    ["config", "exits", "linalg", "stopping", "watchdog"],
+    ["config", "exits", "linalg", "ranges", "stopping", "watchdog"],
     ["graphs"],
     ["ops"],
     ["data", "command_line"],

@@ -10,6 +10,7 @@ from ispen_dist.config.data import DataConfig, FeatureConfig
 from ispen_dist.config.inference import InferenceConfig
 from ispen_dist.config.networks import EnergyConfig, NetworkConfig
 from ispen_dist.config.problems import InnerConfig, OptimizerConfig, OuterConfig
+from ispen_dist.config.profile import ProfileConfig
 from ispen_dist.config.root import Config
 from ispen_dist.config.solver import SolverConfig
 from ispen_dist.config.train import TrainConfig
@@ -26,6 +27,7 @@ __all__ = [
     "NetworkConfig",
     "OptimizerConfig",
     "OuterConfig",
+    "ProfileConfig",
     "SolverConfig",
     "TrainConfig",
 ]

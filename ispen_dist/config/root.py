@@ -8,6 +8,7 @@ from ispen_dist.config.data import DataConfig, FeatureConfig
 from ispen_dist.config.inference import InferenceConfig
 from ispen_dist.config.networks import EnergyConfig, NetworkConfig
 from ispen_dist.config.problems import WITHOUT_THETA, InnerConfig, OuterConfig
+from ispen_dist.config.profile import ProfileConfig
 from ispen_dist.config.solver import SolverConfig
 from ispen_dist.config.train import TrainConfig
 
@@ -48,6 +49,8 @@ class Config:
     """Compiled functions and kernels."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, seed, records."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Traces of where time and memory go."""
 
     def __post_init__(self) -> None:
         self._check_networks()

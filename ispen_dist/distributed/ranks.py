@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ispen_dist import ranges
+
 
 class Ranks:
     """A `Reduction` over a process group; one process where none is initialised.
@@ -29,7 +31,8 @@ class Ranks:
         for dtype in dict.fromkeys(t.dtype for t in result):
             places = [i for i, t in enumerate(result) if t.dtype == dtype]
             flat = torch.cat([result[i].detach().flatten() for i in places])
-            dist.all_reduce(flat, group=self._group)
+            with ranges.named("all-reduce"):
+                dist.all_reduce(flat, group=self._group)
             parts = flat.split([result[i].numel() for i in places])
             for i, part in zip(places, parts, strict=True):
                 result[i] = part.view(result[i].shape)

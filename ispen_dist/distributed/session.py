@@ -12,6 +12,7 @@ from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from ispen_dist import ranges
 from ispen_dist.distributed.engines import (
     DeepSpeedEngine,
     FullyShardedEngine,
@@ -19,6 +20,7 @@ from ispen_dist.distributed.engines import (
     without_hooks,
 )
 from ispen_dist.distributed.extensions import check_extensions
+from ispen_dist.distributed.flight_record import FlightRecord, keep_collectives
 from ispen_dist.distributed.ranks import Ranks
 from ispen_dist.distributed.runtime import Runtime, runtime_from
 from ispen_dist.engine import Engine, Groups, ReplicatedEngine
@@ -47,6 +49,7 @@ class Session:
         reduction: sums over the processes.
         stop: the request to stop, if there was one.
         watchdog: wants to hear of progress.
+        flight_record: the last collectives, which the watchdog shows.
 
     Raises:
         ConfigError: for an engine that is not supported.
@@ -58,6 +61,7 @@ class Session:
         self.watchdog = Watchdog(hang_timeout)
         self.watchdog.start()
         waits = _collective_timeout(hang_timeout)
+        keep_collectives()
         on_cpu = not torch.cuda.is_available()
         self._accelerators: dict[str, Accelerator] = {}
         if self.runtime.uses_deepspeed:
@@ -71,12 +75,15 @@ class Session:
         self.num_ranks = self._state.num_processes
         self.device = torch.device("cpu") if on_cpu else self._state.device
         self.reduction = Ranks()
+        self.flight_record = FlightRecord(self.rank)
+        self.watchdog.details = self.flight_record.describe
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes files and prints."""
         return self.rank == 0
 
+    @ranges.marked("barrier")
     def barrier(self) -> None:
         """Wait for all processes."""
         self._state.wait_for_everyone()
@@ -112,12 +119,14 @@ class Session:
         wrapped, _ = accelerator.prepare(network, adamw)
         return DeepSpeedEngine(plain, groups, wrapped, initial)
 
+    @ranges.marked("broadcast")
     def _broadcast(self, network: nn.Module) -> None:
         """Copy the parameters of rank 0 to every rank."""
         if self.num_ranks > 1:
             for tensor in network.state_dict().values():
                 dist.broadcast(tensor, src=0)
 
+    @ranges.marked("broadcast")
     def agree(self, number: int) -> int:
         """Return the number that rank 0 has, on every rank."""
         tensor = torch.tensor(number, dtype=torch.int64, device=self.device)
@@ -125,6 +134,7 @@ class Session:
             dist.broadcast(tensor, src=0)
         return int(tensor.item())
 
+    @ranges.marked("all-reduce")
     def largest(self, numbers: Sequence[int]) -> list[int]:
         """Return the largest values over ranks, entry by entry, in one collective."""
         if self.num_ranks == 1:
@@ -133,6 +143,7 @@ class Session:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
 
+    @ranges.marked("all-gather")
     def gather_texts(self, text: str) -> list[str]:
         """Return the texts of all ranks in order."""
         if self.num_ranks == 1:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ispen_dist import ranges
 from ispen_dist.distributed.ranks import Ranks
 from ispen_dist.linalg.reduction import Reduction
 from ispen_dist.linalg.trees import Tree
@@ -81,7 +82,8 @@ class Shards:
 
         def collect() -> list[Tree]:
             work, _, pieces = waiting.pop()
-            work.wait()
+            with ranges.named("all-gather"):
+                work.wait()
             columns = iter(pieces.split([self.cuts[key].piece for key, _ in parts], dim=1))
             return [{key: self._join(key, next(columns)) for key in tree} for tree in trees]
 
@@ -98,7 +100,8 @@ class Shards:
             self._spread(whole[key].flatten(), cut.piece, rows[:, begin : begin + cut.piece])
             begin += cut.piece
         own = first.new_empty(width)
-        reduce_scatter(own, rows.view(-1), group=self._group)
+        with ranges.named("reduce-scatter"):
+            reduce_scatter(own, rows.view(-1), group=self._group)
         parts = own.split([cut.piece for cut in cuts.values()])
         return {
             key: part[: cut.size(self._rank)].clone()

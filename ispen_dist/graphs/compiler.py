@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
+from ispen_dist import ranges
 from ispen_dist.graphs.program import record_call
 
 Compiled = Callable[..., Sequence[Tensor]]
@@ -39,7 +40,8 @@ class Compiler:
         """Return what `build` returned for the key the first time."""
         if key not in self._built:
             begin = time.perf_counter()
-            self._built[key] = build()
+            with ranges.named("compile"):
+                self._built[key] = build()
             self.seconds += time.perf_counter() - begin
         return self._built[key]
 
@@ -89,6 +91,7 @@ class CompiledGraph:
                 self._compiler.finished(self._name, time.perf_counter() - begin)
             return self._function(*tensors)
 
+    @ranges.marked("compile")
     def _generate(self, tensors: Sequence[Tensor]) -> Compiled:
         if self._compiler.backend == "trace":
             return self._module

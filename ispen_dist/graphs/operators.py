@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from ispen_dist import ranges
 from ispen_dist.graphs.compiler import Compiler
 from ispen_dist.graphs.output_graph import CompiledOutput
 from ispen_dist.graphs.stage_graphs import StagePoint, stage_graphs
@@ -106,6 +107,7 @@ class CompiledOperator:
         return self._potentials.pull_back(self._output.psi_bar_dot(z_dot))
 
 
+@ranges.marked("outer gradient")
 def compiled_outer_gradients(loss: StagedLoss, compiler: Compiler) -> tuple[Tensor, Tree, Tree]:
     """Return `(L, d_theta L, d_phi L)` of a staged loss over the global batch."""
     model = CompiledFunction(loss.model, compiler, "gradient")

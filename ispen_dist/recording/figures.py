@@ -178,6 +178,30 @@ def _draw_curve(axes: Axes, name: str, points: Sequence[tuple[int, float]], colo
     axes.plot(steps, values, color=colour, linewidth=1.5, marker=marker, ms=3, label=label)
 
 
+def convergence(solves: Mapping[int, Sequence[float]], title: str) -> Figure:
+    """Draw the relative residuals of solves over their steps, on a logarithmic axis.
+
+    Args:
+        solves: residuals before each step and at the end, by the round of the solve; what is not
+            finite or zero leaves a gap.
+        title: of the picture.
+    """
+    figure = _empty_figure(7.0, 4.0)
+    axes = figure.add_subplot()
+    for i, (number, residuals) in enumerate(solves.items()):
+        values = np.array(residuals, dtype=np.float64)
+        values[~(np.isfinite(values) & (values > 0.0))] = np.nan
+        colour = _COLOURS[i % len(_COLOURS)]
+        axes.plot(values, color=colour, marker="o", ms=3, linewidth=1.5, label=f"round {number}")
+    axes.set(title=title, xlabel="product", ylabel="|b - A q| / |b|", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(color="0.92")
+    axes.spines[["top", "right"]].set_visible(False)
+    if solves:
+        axes.legend(loc="best", frameon=False, fontsize=9)
+    return figure
+
+
 def _empty_figure(width: float, height: float) -> Figure:
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     return Figure(figsize=(width, height), dpi=100, layout=layout)

@@ -5,13 +5,13 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ispen_dist.data.output_file import replacing
 
-Figure = float | int | str | bool | None
+Figure = float | int | str | bool | None | Sequence[float]
 
 
 class MetricsFile:
@@ -125,11 +125,13 @@ def _row(line: bytes) -> dict[str, Any]:
 
 
 def _line(row: Mapping[str, Figure]) -> str:
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return json.dumps({k: _finite(v) for k, v in row.items()}, allow_nan=False) + "\n"
+
+
+def _finite(value: Figure) -> Any:
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,14 +1,17 @@
 """A run's folder: settings, metric rows, TensorBoard events, checkpoints, the model, a summary."""
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ispen_dist import ranges
 from ispen_dist.command_line import config_to_dict, dump_config, load_config
-from ispen_dist.config import Config, ConfigError
+from ispen_dist.config import Config, ConfigError, ProfileConfig
 from ispen_dist.data.output_file import replacing
 from ispen_dist.recording.console import Console
 from ispen_dist.recording.metrics_file import MetricsFile, read_metrics
@@ -27,6 +30,9 @@ _SHOWN = {
     "examples/s": "examples_per_second",
     "not finite": "not_finite",
 }
+NUM_SOLVES_SHOWN = 6
+"""Newest solves in the picture of their convergence."""
+
 _NAMES_INTERACTION = {
     "tagging": ("learned transitions", "previous tag", "next tag", "score"),
     "multilabel": ("learned label interactions", "label", "label", "curvature of the energy"),
@@ -36,6 +42,7 @@ _MAY_DIFFER = (
     "train.patience", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_best",
     "train.on_save_error", "train.log_every", "train.num_threads", "train.on_not_finite",
     "train.max_not_finite", "train.hang_timeout",
+    *(f"profile.{field.name}" for field in fields(ProfileConfig)),
 )  # fmt: skip
 
 
@@ -59,6 +66,7 @@ class RunFolder:
         self.failures = WriteFailures(config.train.on_save_error, console.message)
         self._dev_curve: list[tuple[int, float]] = []
         self._dev_shown: dict[str, float] = {}
+        self._solves: deque[tuple[int, Sequence[float]]] = deque(maxlen=NUM_SOLVES_SHOWN)
 
     @property
     def checkpoints(self) -> Path:
@@ -108,6 +116,7 @@ class RunFolder:
         with self.failures.watching(_TENSORBOARD):
             self._tensorboard.scalars({f"{phase}/{k}": v for k, v in figures.items()}, step)
 
+    @ranges.marked("records")
     def record_round(self, step: int, figures: Mapping[str, float]) -> None:
         """Write the figures of a round everywhere."""
         if not self._is_main:
@@ -118,6 +127,17 @@ class RunFolder:
             shown.pop("not finite", None)
         self._console.update(step, {**shown, **self._dev_shown})
 
+    @ranges.marked("records")
+    def record_solve(self, step: int, residuals: Sequence[float]) -> None:
+        """Keep the residuals of a solve for the picture; a row where the run is profiled."""
+        if not (self._is_main and residuals):
+            return
+        self._solves.append((step, residuals))
+        if self.config.profile.enabled:
+            with self.failures.watching(_METRICS):
+                self._metrics.write(step, "solve", {"residuals": residuals})
+
+    @ranges.marked("records")
     def record_save(self, step: int, figures: Mapping[str, float | None]) -> None:
         """Write what a save cost, and hand all records so far to the system."""
         if not self._is_main:
@@ -135,6 +155,7 @@ class RunFolder:
         self._metrics.sync()
         self._tensorboard.sync()
 
+    @ranges.marked("records")
     def record_dev(self, step: int, dev: Mapping[str, float]) -> None:
         """Write the metrics of an evaluation on dev, and redraw the curve."""
         if not self._is_main:
@@ -148,7 +169,10 @@ class RunFolder:
             self._tensorboard.curves(
                 f"dev {name}", {name: self._dev_curve}, step, value_name=name, mark=mark
             )
+            if self._solves:
+                self._tensorboard.convergence("solver convergence", dict(self._solves), step)
 
+    @ranges.marked("records")
     def record_interaction(self, step: int, matrix: Tensor, names: Sequence[str]) -> None:
         """Draw the learned interaction between output variables."""
         if not self._is_main:

@@ -107,6 +107,10 @@ class TensorBoardRecorder:
         figure = figures.curves(series, tag, step_name=step_name, value_name=value_name, mark=mark)
         self._picture(tag, figure, step)
 
+    def convergence(self, tag: str, solves: Mapping[int, Sequence[float]], step: int) -> None:
+        """Add a picture of solver residuals by round; see `figures.convergence`."""
+        self._picture(tag, figures.convergence(solves, f"{tag}, step {step}"), step)
+
     def _picture(self, tag: str, figure: Figure, step: int) -> None:
         # Not add_figure: it goes through pyplot, which keeps figures and may look for a display.
         with self._writing() as writer:

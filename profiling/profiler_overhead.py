@@ -1,0 +1,147 @@
+"""What the profiler costs, on and off.
+
+    python profiling/profiler_overhead.py --output profiling/results/profiler_overhead.csv
+
+One run per variant records every third round, so that rounds with and without recording stand side
+by side in one process; the seconds of a round are those of its steps, without writing the trace.
+The rounds between have no ranges at all. What a range costs there is timed by itself. Further
+settings of the run may follow, such as --inner.steps=5.
+"""
+
+import argparse
+import csv
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import timeit
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from bench_hypergradient import commit
+from rich.console import Console
+from rich.table import Table
+
+from ispen_dist import ranges
+from ispen_dist.command_line import load_config
+from ispen_dist.recording.metrics_file import read_metrics
+
+ROOT = Path(__file__).parent.parent
+CYCLE = 3
+"""Rounds of a schedule: one as if off, one recorded and thrown away, one recorded."""
+VARIANTS = {
+    "ranges and operators": ["--profile.shapes=false", "--profile.memory=false"],
+    "with shapes and memory (default)": [],
+    "with stacks too": ["--profile.stacks=true"],
+}
+
+
+def measure(
+    config: Path, flags: Sequence[str], num_cycles: int
+) -> tuple[list[float], list[float], float]:
+    """Return seconds of rounds that are off, of recorded ones, and megabytes of a trace."""
+    warmup = 1
+    schedule = [
+        f"--train.warmup_rounds={warmup}",
+        f"--train.max_outer_steps={1 + CYCLE * num_cycles}",
+        "--train.eval_every=100000",
+        "--train.num_threads=1",
+        "--profile.enabled=true",
+        "--profile.wait=1",
+        "--profile.warmup=1",
+        "--profile.steps=1",
+        "--profile.repeat=0",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        command = [sys.executable, ROOT / "launcher" / "train.py", "--config", config]
+        subprocess.run(
+            [*map(str, command), "--output", str(run), *schedule, *flags],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        rows = [r for r in read_metrics(run / "metrics.jsonl") if r["phase"] == "train"]
+        settings = load_config(run / "config.yaml")
+        sizes = [p.stat().st_size for p in (run / "profile").glob("*.gz")]
+    examples = settings.inner.steps * settings.inner.batch_size + settings.outer.batch_size
+    seconds = [examples / row["examples_per_second"] for row in rows if row["step"] > warmup + 1]
+    return seconds[0::CYCLE], seconds[2::CYCLE], statistics.mean(sizes) / 1e6
+
+
+def nanoseconds_off(number: int = 200_000) -> float:
+    """Return what one range costs in a round that is not recorded."""
+
+    def enter() -> None:
+        with ranges.named("product"):
+            pass
+
+    def empty() -> None:
+        pass
+
+    spent = min(timeit.repeat(enter, number=number)) - min(timeit.repeat(empty, number=number))
+    return spent / number * 1e9
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "twitter_pos.yaml")
+    parser.add_argument("--cycles", type=int, default=5, help="recorded rounds per variant")
+    parser.add_argument("--output", type=Path, help="CSV that rows are added to")
+    known, settings = parser.parse_known_args()
+    off = nanoseconds_off()
+    table = Table("variant", "off, s", "recorded, s", "ratio", "MB per trace")
+    rows = []
+    for variant, flags in VARIANTS.items():
+        without, recorded, size = measure(known.config, [*settings, *flags], known.cycles)
+        ratios = sorted(b / a for a, b in zip(without, recorded, strict=True))
+        rows.append(
+            {
+                "commit": commit(),
+                "device": platform.processor() or platform.machine(),
+                "threads": 1,
+                "torch": torch.__version__,
+                "config": " ".join([known.config.stem, *settings]),
+                "variant": variant,
+                "rounds": len(ratios),
+                "off_seconds_p50": round(statistics.median(without), 4),
+                "recorded_seconds_p50": round(statistics.median(recorded), 4),
+                "ratio_min": round(ratios[0], 3),
+                "ratio_p50": round(statistics.median(ratios), 3),
+                "ratio_max": round(ratios[-1], 3),
+                "megabytes_per_trace": round(size, 2),
+                "nanoseconds_per_range_off": round(off),
+            }
+        )
+        row = rows[-1]
+        table.add_row(
+            variant,
+            *(
+                str(row[k])
+                for k in (
+                    "off_seconds_p50",
+                    "recorded_seconds_p50",
+                    "ratio_p50",
+                    "megabytes_per_trace",
+                )
+            ),
+        )
+    Console().print(table, f"a range in a round that is not recorded: {off:.0f} ns")
+    if known.output:
+        append_rows(known.output, rows)
+
+
+def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Append rows to a CSV file, with a header where it is new."""
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
