@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from labels import write_labels
-from test_launcher import LAUNCH
+from launched import LAUNCH
 
 FIRST, STEPS = 3, 2
 FLAGS = [f"--profile.first_round={FIRST}", f"--profile.steps={STEPS}"]
