@@ -230,7 +230,9 @@ def test_a_key_that_is_missing_or_there_twice_is_refused(write, tmp_path):
         read_table(path, tmp_path)
 
 
-@pytest.mark.parametrize("path", table_paths(ROOT / "configs" / "tables"), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", list(table_paths(ROOT / "configs" / "tables")), ids=lambda p: p.stem
+)
 def test_the_tables_of_the_project_are_well_formed(path):
     table = read_table(path, ROOT / "configs" / "methods")
     assert table.config.name == path.name
