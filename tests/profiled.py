@@ -1,13 +1,12 @@
 """A profiled run of two ranks under accelerate launch, made once for all test processes."""
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from labels import write_labels
-from launched import LAUNCH
+from launched import Launched
 
 FIRST, STEPS = 3, 2
 FLAGS = [f"--profile.first_round={FIRST}", f"--profile.steps={STEPS}"]
@@ -22,20 +21,8 @@ def profiled(tmp_path_factory) -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
-            config = write_labels(folder)
-            _launch(
-                "--config", config, "--output", folder / "run", "--profile.enabled=true", *FLAGS
-            )
+            config, run = write_labels(folder), folder / "run"
+            flags = ["--profile.enabled=true", *FLAGS]
+            job = Launched(folder, "--config", config, "--output", run, *flags)
+            assert job.code(240.0) == 0, job.text()
     return folder / "run"
-
-
-def _launch(*arguments: object) -> None:
-    done = subprocess.run(
-        [*LAUNCH, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -199,7 +200,7 @@ def test_an_interrupted_recording_leaves_its_whole_rounds(labels, tmp_path):  # 
     def rounds(recorder):
         for number in range(4):
             with ranges.named("data"):
-                torch.ones(3).sum()
+                time.sleep(0.05)
             if number == 3:
                 raise RuntimeError("interrupted")
             recorder.end_round()
@@ -213,7 +214,7 @@ def test_an_interrupted_recording_leaves_its_whole_rounds(labels, tmp_path):  # 
     b = break_down(read_trace(path))
     assert (path.name, b.num_rounds) == ("rank_0.3.pt.trace.json.gz", 2)
     assert b.calls == {"data": 2}
-    assert b.traced == pytest.approx(b.wall, rel=0.2)  # rounds of less than a millisecond
+    assert b.traced == pytest.approx(b.wall, rel=0.03)
 
 
 # -- traces of a run -----------------------------------------------------------------------------

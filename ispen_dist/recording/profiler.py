@@ -16,6 +16,7 @@ from ispen_dist.config import Config, ConfigError, ProfileConfig
 from ispen_dist.data.output_file import replacing
 from ispen_dist.distributed import Session
 from ispen_dist.recording.run_folder import RunFolder
+from ispen_dist.schedule import Schedule
 
 METADATA = "ispen_dist"
 """Key under which a trace says of which rounds it is."""
@@ -36,7 +37,7 @@ def first_profiled(config: Config) -> int:
     if first < 0:
         first = train.warmup_rounds + 1 if learns else 0
     needed = first + settings.wait + settings.warmup + settings.steps
-    num_rounds = train.warmup_rounds + train.max_outer_steps
+    num_rounds = Schedule(config).num_rounds
     if needed > num_rounds:
         raise ConfigError(
             f"profile.steps: expected the first recording to end within the run's {num_rounds} "
