@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 from scipy import stats
 
+from ispen_dist.command_line import load_config
 from ispen_dist.exits import Exit
 from ispen_dist.tables.definition import TableError, read_table, table_paths
 from ispen_dist.tables.grid import Grid
@@ -236,6 +237,8 @@ def test_a_key_that_is_missing_or_there_twice_is_refused(write, tmp_path):
 def test_the_tables_of_the_project_are_well_formed(path):
     table = read_table(path, ROOT / "configs" / "methods")
     assert table.config.name == path.name
+    assert all(file.is_file() for file in table.method_files.values())  # read by test_methods
+    load_config(table.config)
     implicit = [m for m in table.method_files if m.endswith("_implicit")]
     assert {f"{m.removesuffix('_implicit')}_explicit" for m in implicit} <= set(table.method_files)
 
