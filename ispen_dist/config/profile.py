@@ -18,7 +18,7 @@ class ProfileConfig:
     """Rounds that are left out before every recording."""
     warmup: int = 1
     """Rounds recorded and thrown away, since the first one carries the cost of starting."""
-    steps: int = 3
+    steps: int = 1
     """Rounds that are recorded in a row, into one trace."""
     repeat: int = 1
     """Recordings; 0 goes on to the end of the run."""

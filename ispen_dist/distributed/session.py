@@ -69,6 +69,7 @@ class Session:
                 os.environ.setdefault("DS_ACCELERATOR", "cpu")
             check_extensions()
             self._accelerators = _deepspeed_accelerators(on_cpu, waits)
+            _build_whole()
         settings = {} if self.runtime.uses_deepspeed else {"cpu": on_cpu, **waits}
         self._state = PartialState(**settings)
         self.rank = self._state.process_index
@@ -117,6 +118,7 @@ class Session:
         if self.runtime.low_precision is not None:
             initial = {n: p.detach().clone() for n, p in named.items()}
         wrapped, _ = accelerator.prepare(network, adamw)
+        _build_whole()
         return DeepSpeedEngine(plain, groups, wrapped, initial)
 
     @ranges.marked("broadcast")
@@ -191,3 +193,13 @@ _SETTINGS = {
     "gradient_clipping": 1.0,
 }
 """Sizes that DeepSpeed wants to know and the trainer decides itself; clipping is set per step."""
+
+
+def _build_whole() -> None:
+    """Have transformers build and read encoders whole, as all networks are before an engine.
+
+    Accelerate tells it of ZeRO-3, and it would build them in shards, in a type of its own.
+    """
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
