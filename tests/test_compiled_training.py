@@ -112,6 +112,7 @@ def test_a_compiled_run_of_a_transformer_follows_the_plain_one(tagging, tmp_path
     assert_same_figures(tmp_path / "compiled", tmp_path / "plain")
 
 
+@pytest.mark.thorough
 def test_two_ranks_with_a_compiled_inner_step_follow_one(multilabel, tmp_path):
     exact = [BUCKETS, "--compile.inner=true", "--compile.backend=trace", *NO_DROPOUT]
     train(multilabel, tmp_path / "one", *exact)

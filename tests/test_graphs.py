@@ -91,6 +91,7 @@ def test_every_part_of_an_operator_equals_the_whole_graph(task, curvature, dropo
     assert_the_same_operator(compiled_operator(losses, batch, curvature), whole, losses)
 
 
+@pytest.mark.thorough
 def test_generated_code_gives_the_same_operator():
     losses, batch = losses_of("multilabel", dropout=0.4), problems.random_batch("multilabel", 5, 1)
     whole = whole_operator(losses, batch, "hessian")

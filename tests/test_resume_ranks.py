@@ -43,7 +43,7 @@ def state_after(folder: Path, step: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "chain",
     [
-        [("zero3", 4), ("zero3", 2), ("zero3", 3)],
+        pytest.param([("zero3", 4), ("zero3", 2), ("zero3", 3)], marks=pytest.mark.thorough),
         pytest.param([("fsdp2", 4), ("fsdp2", 2), ("fsdp2", 3)], marks=pytest.mark.thorough),
         [("zero1", 2), ("fsdp2", 2), ("replicas", 1)],
     ],
