@@ -105,6 +105,7 @@ def test_a_compiled_run_on_label_sets_follows_the_plain_one(
     assert "compiled" not in json.loads((tmp_path / "plain" / "summary.json").read_text())
 
 
+@pytest.mark.thorough
 def test_a_compiled_run_of_a_transformer_follows_the_plain_one(tagging, tmp_path):
     done = train(tagging, tmp_path / "compiled", BUCKETS, *COMPILED)
     assert_compiled(tmp_path / "compiled", done)

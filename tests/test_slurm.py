@@ -106,6 +106,7 @@ def is_rank(process: psutil.Process) -> bool:
     return "launcher/train.py" in command_of(process)
 
 
+@pytest.mark.thorough
 def test_a_failed_node_is_replaced(cluster, config, tmp_path):
     """With launcher/job.sbatch as edited by hand, on the installed packages."""
     run = tmp_path / "run"

@@ -170,6 +170,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, finished,
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
+@pytest.mark.thorough
 def test_two_ranks_follow_the_trajectory_of_one(config, tmp_path):
     exact = [
         "--train.dtype=float64", "--inference_net.dropout=0", "--energy.features.dropout=0",
