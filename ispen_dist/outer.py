@@ -283,7 +283,8 @@ class OuterStep:
         error, size = norms(layout, difference, products[1])
         return error / size
 
-    def _hypergradient(self, inner_batch: Batch, outer_batch: Batch, step: int) -> Hypergradient:
+    def hypergradient(self, inner_batch: Batch, outer_batch: Batch, step: int) -> Hypergradient:
+        """Solve once at the present parameters and damping, and change nothing."""
         config, losses = self._config.solver, self._losses
         generator = self._generator(outer_batch, step)
         engine = self.engines.inference_net
@@ -317,7 +318,7 @@ class OuterStep:
         config, record = self._config.solver, self.record
         num_repeats = config.max_repeats if config.on_failure == "damp" else 0
         while True:
-            solve = self._hypergradient(inner_batch, outer_batch, step)
+            solve = self.hypergradient(inner_batch, outer_batch, step)
             record.count(solve)
             self.residuals = solve.solution.residuals
             if solve.status.usable:

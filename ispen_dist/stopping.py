@@ -14,6 +14,9 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
+STARTED = "ISPEN_DIST_STARTED"
+"""Set in the environment of a run by a command of ours that starts runs and waits for them."""
+
 SAME_SECONDS = 2.0
 """Two Ctrl-C within this time are one: the terminal sends it to all processes, and the launcher
 then sends it to its workers once more."""
@@ -70,7 +73,8 @@ def stop_with_launcher() -> None:
     A launcher that is killed, or that dies of a signal it does not pass on, would otherwise leave
     its workers running. Without a launcher nothing is asked for: a shell may end before its jobs.
     """
-    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+    launchers = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", STARTED)
+    if any(name in os.environ for name in launchers):
         set_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
         prctl = getattr(ctypes.CDLL(None), "prctl", None)
         if prctl is not None:

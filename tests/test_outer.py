@@ -165,7 +165,7 @@ def solve_by(solver_name, memory="auto", compiler=None):
     settings = {"damping": 5.0, "scale": 50.0, "max_steps": 4, "warm_start": False}
     outer = with_moments(outer_step(name=solver_name, memory=memory, **settings))
     outer.compiler = compiler
-    return outer._hypergradient(*batches, 0)
+    return outer.hypergradient(*batches, 0)
 
 
 @ALL
@@ -195,9 +195,9 @@ def test_the_metric_is_what_adam_divides_by():
 @pytest.mark.parametrize(("solver_name", "plain"), [("pcg", "cg"), ("sama", "identity")])
 def test_before_the_first_inner_step_a_metric_is_missed_aloud(solver_name, plain):
     batch = problems.random_batch("multilabel", 6, 0)
-    expected = outer_step(name=plain, damping=5.0)._hypergradient(batch, batch, 0)
+    expected = outer_step(name=plain, damping=5.0).hypergradient(batch, batch, 0)
     with pytest.warns(UserWarning, match=f"solver.name={solver_name}: expected second moments"):
-        found = outer_step(name=solver_name, damping=5.0)._hypergradient(batch, batch, 0)
+        found = outer_step(name=solver_name, damping=5.0).hypergradient(batch, batch, 0)
     for name, value in expected.value.items():
         assert torch.equal(found.value[name], value), name
 
@@ -206,7 +206,7 @@ def test_directions_are_drawn_anew_in_every_outer_step():
     batch = problems.random_batch("multilabel", 6, 0)
     outer = outer_step(name="nystrom", damping=5.0, max_steps=2)
     first, again, other = (
-        problems.flatten(outer._hypergradient(batch, batch, step).solution.value)
+        problems.flatten(outer.hypergradient(batch, batch, step).solution.value)
         for step in (0, 0, 1)
     )
     assert torch.equal(first, again)

@@ -3,10 +3,13 @@
 import csv
 import io
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from rich.console import Console
@@ -252,3 +255,29 @@ def test_a_local_run_has_its_gpu_its_flags_and_its_log(tmp_path):
     log = run.log.read_text()
     assert log.startswith("3 ['--config', 'a', '--config', 'b', '--output', ")
     assert "'--inner.steps=2', '--outer.dropout=false'" in log
+
+
+def test_a_killed_table_leaves_no_run_behind(tmp_path):
+    """Not even by SIGKILL, which it cannot pass on."""
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import pathlib, os, sys, time\n"
+        "from ispen_dist.stopping import stop_with_launcher\n"
+        "stop_with_launcher()\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
+        "time.sleep(60)\n"
+    )
+    parent = (
+        "import pathlib, sys\n"
+        "from ispen_dist.tables.runs import LocalRuns, Run\n"
+        "_, child, pid, folder = sys.argv\n"
+        "LocalRuns([sys.executable, child, pid])(Run((), {}, pathlib.Path(folder)))\n"
+    )
+    pid = tmp_path / "pid"
+    command = [sys.executable, "-c", parent, child, pid, tmp_path / "run"]
+    with subprocess.Popen(list(map(str, command))) as table:
+        while not (pid.exists() and pid.read_text()):
+            time.sleep(0.05)
+        run = psutil.Process(int(pid.read_text()))
+        table.kill()
+        run.wait(20)

@@ -105,7 +105,7 @@ def hypergradients(session, dtype: str) -> Tree:
                 players = dataclasses.replace(built[0], config=config)
                 step = OuterStep(players, built[1], 0, SolverRecord(damping=config.solver.damping))
                 inner, outer = (batch_of(task, seed, rows, dtype) for seed in (0, 9))
-                solve = step._hypergradient(inner, outer, 0)
+                solve = step.hypergradient(inner, outer, 0)
                 assert solve.status.usable, solve.status
                 name = f"{dtype}/{task}/{curvature}"
                 for part in ("explicit", "implicit"):

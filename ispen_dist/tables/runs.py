@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ispen_dist.exits import Exit
+from ispen_dist.stopping import STARTED
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class LocalRuns:
     def _start(self, run: Run, gpu: str | None) -> subprocess.Popen:
         threads = [] if gpu is not None else ["--train.num_threads=1"]
         command = [*self.command, *run.files(), *threads, *run.flags()]
-        own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        own = {STARTED: "1"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         run.log.parent.mkdir(parents=True, exist_ok=True)
         with self._lock, run.log.open("ab") as log:
             if self._stopped:
