@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_training import SETTINGS, tagged_text
+from tags import SETTINGS, tagged_text
 
 ROOT = Path(__file__).parent.parent
 NUM_ROUNDS = 12
