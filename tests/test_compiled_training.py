@@ -1,12 +1,11 @@
 """The main job with compiled functions follows the plain one, on one rank and on two."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import yaml
-from launched import TRAIN
+from launched import LAUNCH, TRAIN
 from programs import run, train
 from records import rows_of
 from tags import tagged_text
@@ -119,12 +118,8 @@ def test_a_compiled_run_of_a_transformer_follows_the_plain_one(tagging, tmp_path
 def test_two_ranks_with_a_compiled_inner_step_follow_one(multilabel, tmp_path):
     exact = [BUCKETS, "--compile.inner=true", "--compile.backend=trace", *NO_DROPOUT]
     train(multilabel, tmp_path / "one", *exact)
-    run(
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", "0", TRAIN, "--config", multilabel, "--output", tmp_path / "two",
-        *exact,
-    )  # fmt: skip
+    output = ["--config", multilabel, "--output", tmp_path / "two"]
+    run(*LAUNCH, "--num_processes", "2", TRAIN, *output, *exact)
     assert_same_figures(tmp_path / "two", tmp_path / "one")
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert summary["world_size"] == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from labels import labels  # noqa: F401
-from launched import TRAIN
+from launched import LAUNCH, TRAIN
 from programs import LAUNCHER, called, run, train
 from records import rows_of
 from safetensors.torch import load_file
@@ -117,11 +117,8 @@ def test_two_ranks_follow_the_trajectory_of_one(config, tmp_path):  # noqa: F811
         "--outer.objective=ssvm",
     ]  # fmt: skip
     train(config, tmp_path / "one", *exact)
-    run(
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", "0", TRAIN, "--config", config, "--output", tmp_path / "two", *exact,
-    )  # fmt: skip
+    output = ["--config", config, "--output", tmp_path / "two"]
+    run(*LAUNCH, "--num_processes", "2", TRAIN, *output, *exact)
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
     assert [row["step"] for row in one] == [row["step"] for row in two]
     for first, second in zip(one, two, strict=True):
