@@ -58,15 +58,10 @@ def outer_view(
     head: Tree | None = None,
     generator: torch.Generator | None = None,
 ) -> View:
-    """Return the batch as the outer loss sees it: with the inferred structure, if one is.
+    """Return `Players.view` as the outer loss reads it: with the inferred structure, if one is.
 
-    Args:
-        players: both networks.
-        batch: this rank's examples.
-        logits: of the inference network; not read where it does not predict.
-        potentials: see `Players.view`, as the others.
-        head: interaction parameters.
-        generator: draws samples.
+    The arguments are those of `Players.view`; logits are not read where the network does not
+    predict.
     """
     config = players.config
     view = players.view(batch, logits, potentials, head, generator)
@@ -93,8 +88,8 @@ def infer(
     Args:
         players: definition of the energy, kind of structure and settings.
         inputs: of the examples.
-        potentials: b(x) of the energy.
-        head: interaction parameters in place of the module's own.
+        potentials: see `Players.view`.
+        head: see `Players.view`.
         gold: encoded gold structures, from which the cost is added; None adds none.
         unrolled: keep the graph of the steps, into potentials and head.
     """

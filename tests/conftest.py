@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 # Before anything imports Triton: its kernels run in the interpreter where there is no GPU.
 if not torch.cuda.is_available():
@@ -34,6 +35,16 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return path
+
+    return written
+
+
+@pytest.fixture
+def config_file(write) -> Callable[[object], Path]:
+    """A function that writes settings, or text in their place, and returns the path."""
+
+    def written(content: object) -> Path:
+        return write(content if isinstance(content, str) else yaml.safe_dump(content), "some.yaml")
 
     return written
 

@@ -1,14 +1,13 @@
 """What the tests of SLURM jobs share: settings that train in seconds, and launcher/slurm.py."""
 
 import importlib.util
-import io
 import os
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import yaml
-from test_training import SETTINGS, tagged_text
+from programs import called
+from tags import SETTINGS, tagged_text
 
 ROOT = Path(__file__).parent.parent
 NUM_ROUNDS = 12
@@ -25,19 +24,12 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-def slurm(*flags, environment=os.environ, expect: int = 0):
-    """Run launcher/slurm.py, in this process: to import it takes seconds."""
-    module = loaded(ROOT / "launcher" / "slurm.py")
-    stdout, stderr = io.StringIO(), io.StringIO()
-    with redirect_stdout(stdout), redirect_stderr(stderr), pytest.MonkeyPatch.context() as patch:
+def slurm(*flags, environment=os.environ, expect: int = 0) -> tuple[str, str]:
+    """Run launcher/slurm.py in this process, and return what it prints and its errors."""
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        try:
-            code = module.main([str(flag) for flag in flags])
-        except SystemExit as end:
-            code = end.code
-    assert code == expect, stdout.getvalue() + stderr.getvalue()
-    return stdout.getvalue(), stderr.getvalue()
+        return called("slurm.py", *flags, expect=expect)
 
 
 def loaded(script: Path):

@@ -1,20 +1,17 @@
 """The benchmark of kernels runs, writes its rows, and refuses to time a wrong kernel."""
 
 import csv
-import importlib
-import os
-from pathlib import Path
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is imported
 pytest.importorskip("triton")
+
+import bench_kernels
+import kernel_timings
 
 from ispen_kernels import gelu_passes
 
-PROFILING = str(Path(__file__).parent.parent / "profiling")
 COLUMNS = (
     "system,what,problem,device,threads,median_s,p20_s,p80_s,ratio_to_gradient,error,peak_bytes,"
     "versions,commit"
@@ -25,12 +22,10 @@ ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="tiny shapes are t
 @pytest.fixture
 def bench(monkeypatch):
     """The program, without the waiting for generated code."""
-    monkeypatch.syspath_prepend(PROFILING)
-    timings = importlib.import_module("kernel_timings")
-    monkeypatch.setattr(timings, "BACKEND", "aot_eager")
-    monkeypatch.setattr(timings, "REPETITIONS", {"cuda": 3, "cpu": 3})
-    monkeypatch.setattr(timings, "COPY_ELEMENTS", {"cuda": 2**20, "cpu": 2**12})
-    return importlib.import_module("bench_kernels")
+    monkeypatch.setattr(kernel_timings, "BACKEND", "aot_eager")
+    monkeypatch.setattr(kernel_timings, "REPETITIONS", {"cuda": 3, "cpu": 3})
+    monkeypatch.setattr(kernel_timings, "COPY_ELEMENTS", {"cuda": 2**20, "cpu": 2**12})
+    return bench_kernels
 
 
 def run(bench, tmp_path, *flags):

@@ -1,58 +1,19 @@
 """Checkpoints: bit for bit, and intact or not there at all."""
 
-import contextlib
-import errno
 import json
 import os
 import re
 import shutil
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from checkpoints import flip, same, save, steps
+from torch import nn
 
-from ispen_dist import checkpoint as checkpoint_module
-from ispen_dist import manifest as manifest_module
-from ispen_dist import pruning as pruning_module
-from ispen_dist.checkpoint import (
-    CheckpointError,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from ispen_dist.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
 
 STATE = {"round": 3, "damping": 0.1 + 0.2, "best": {"f1": 1e-320}, "list": [None, True, "x"]}
-
-
-def small_trees(value: float = 1.0) -> dict[str, dict[str, Tensor]]:
-    return {"theta": {"w": torch.full((3,), value)}, "none": {}}
-
-
-def save(folder: Path, step: int, keep: int = 9) -> Path:
-    return save_checkpoint(folder, step, small_trees(step), {"round": step}, keep)
-
-
-def steps(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and (not a.numel() or bits(a) == bits(b))
-
-
-def flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-
-
-# -- round trip --------------------------------------------------------------------------------
 
 
 def test_round_trip_is_exact_in_every_type_and_shape(tmp_path: Path) -> None:
@@ -132,9 +93,6 @@ def test_a_tree_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str) 
     assert steps(tmp_path) == []
 
 
-# -- damage ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["theta.safetensors", "none.safetensors", "state.json"])
 def test_every_flipped_byte_is_found(tmp_path: Path, name: str) -> None:
     file = save(tmp_path, 1) / name
@@ -203,9 +161,6 @@ def test_a_wrong_manifest_is_refused(tmp_path: Path, change: dict, words: str) -
         load_checkpoint(path)
 
 
-# -- finding -----------------------------------------------------------------------------------
-
-
 def test_the_newest_intact_one_is_found_and_the_damaged_named(tmp_path: Path) -> None:
     paths = [save(tmp_path, step) for step in (80, 100, 120, 140)]
     (paths[3] / "manifest.json").unlink()
@@ -241,201 +196,6 @@ def test_links_are_neither_resumed_from_nor_deleted(tmp_path: Path) -> None:
 def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "missing") is None
     assert find_checkpoint(tmp_path) is None
-
-
-# -- pruning -----------------------------------------------------------------------------------
-
-
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (10, 20, 30, 40):
-        save(tmp_path, step, keep=2)
-    assert steps(tmp_path) == ["step_00000030", "step_00000040"]
-    save(tmp_path, 50, keep=1)
-    assert steps(tmp_path) == ["step_00000050"]
-
-
-def test_keep_zero_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="keep: expected 1 or more"):
-        save(tmp_path, 1, keep=0)
-
-
-def test_a_cut_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:
-    save(tmp_path, 10)
-    os.truncate(save(tmp_path, 20) / "theta.safetensors", 3)
-    save(tmp_path, 30, keep=2)
-    assert steps(tmp_path) == ["step_00000010", "step_00000020", "step_00000030"]
-
-
-def test_later_checkpoints_of_an_earlier_attempt_are_reported_and_left(tmp_path: Path) -> None:
-    save(tmp_path, 100)
-    save(tmp_path, 200)
-    with pytest.warns(UserWarning, match="earlier attempt left step_00000200"):
-        save(tmp_path, 110, keep=1)
-    assert steps(tmp_path) == ["step_00000110", "step_00000200"]
-
-
-def test_the_same_step_is_replaced(tmp_path: Path) -> None:
-    save(tmp_path, 7)
-    save_checkpoint(tmp_path, 7, small_trees(-1.0), {}, keep=2)
-    assert steps(tmp_path) == ["step_00000007"]
-    found = find_checkpoint(tmp_path)
-    assert found is not None
-    assert load_checkpoint(found).trees["theta"]["w"].tolist() == [-1.0] * 3
-
-
-def test_the_remains_of_killed_saves_are_removed(tmp_path: Path) -> None:
-    for name in (".saving_step_00000010", ".deleting_step_00000005"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "theta.safetensors").write_text("half")
-    save(tmp_path, 20)
-    assert steps(tmp_path) == ["step_00000020"]
-
-
-def test_an_old_checkpoint_that_cannot_be_deleted_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(tmp_path, 1)
-
-    def refuse(path: Path) -> None:
-        raise PermissionError(errno.EACCES, "no", str(path))
-
-    monkeypatch.setattr(pruning_module, "delete_folder", refuse)
-    with pytest.warns(UserWarning, match="old checkpoint not deleted"):
-        path = save(tmp_path, 2, keep=1)
-    assert find_checkpoint(tmp_path) == path
-
-
-# -- disks that fill and processes that die ----------------------------------------------------
-
-
-@pytest.mark.parametrize("num_files_that_fit", [0, 1, 2, 3])
-@pytest.mark.parametrize("step", [10, 20])
-def test_a_full_disk_leaves_the_old_checkpoints_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_files_that_fit: int, step: int
-) -> None:
-    save(tmp_path, 10)
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()}
-    synced = []
-
-    def full(descriptor: int) -> None:
-        synced.append(descriptor)
-        if len(synced) > num_files_that_fit:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(manifest_module.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left") as caught:
-        save(tmp_path, step, keep=1)
-    assert "older checkpoints are as they were" in caught.value.__notes__[0]
-    assert steps(tmp_path) == ["step_00000010"]
-    assert all(file.read_bytes() == data for file, data in before.items())
-
-
-@pytest.mark.parametrize("step", [10, 20])
-def test_a_rename_that_fails_leaves_the_old_checkpoints_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    old = save(tmp_path, 10)
-    rename = os.rename
-
-    def refuse(source: Path, target: Path) -> None:
-        if source.name.startswith(".saving"):
-            raise OSError(errno.EIO, "broken disk")
-        rename(source, target)
-
-    monkeypatch.setattr(checkpoint_module.os, "rename", refuse)
-    with pytest.raises(OSError, match="broken disk"):
-        save(tmp_path, step, keep=1)
-    assert steps(tmp_path) == ["step_00000010"]
-    assert find_checkpoint(tmp_path) == old
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing after it has any effect."""
-
-
-class Mortal:
-    """Lets `num_calls` operations on the disk through and then none."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, num_calls: int) -> None:
-        self.left = num_calls
-        for name in ("rename", "fsync", "open"):
-            monkeypatch.setattr(os, name, self.limited(getattr(os, name)))
-        monkeypatch.setattr(shutil, "rmtree", self.remove)
-
-    def spend(self) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise Killed
-
-    def limited(self, call):
-        def limited_call(*args):
-            self.spend()
-            return call(*args)
-
-        return limited_call
-
-    def remove(self, path: Path, ignore_errors: bool = False) -> None:
-        self.spend()
-        for file in sorted(path.iterdir()):
-            file.unlink()
-            self.spend()
-        path.rmdir()
-
-
-@pytest.mark.parametrize("step", [20, 30], ids=["same step", "new step"])
-def test_a_kill_at_any_moment_leaves_an_intact_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    save(tmp_path / "before", 10)
-    save(tmp_path / "before", 20)
-    finished, num_calls, outcomes = False, 0, set()
-    while not finished:
-        folder = tmp_path / str(num_calls)
-        shutil.copytree(tmp_path / "before", folder)
-        with monkeypatch.context() as patch:
-            Mortal(patch, num_calls)
-            try:
-                save_checkpoint(folder, step, small_trees(-1.0), {}, keep=1)
-                finished = True
-            except Killed:
-                pass
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            found = find_checkpoint(folder)
-        assert found is not None
-        for path in folder.glob("step_*"):
-            load_checkpoint(path)
-        value = load_checkpoint(found).trees["theta"]["w"][0].item()
-        assert value in (20.0, -1.0)
-        outcomes.add(value)
-
-        save(folder, 40, keep=1)
-        assert steps(folder) == ["step_00000040"], "the next save clears the remains"
-        num_calls += 1
-    assert outcomes == {20.0, -1.0}
-    assert num_calls > 10
-
-
-def test_a_kill_does_not_cost_the_last_intact_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(tmp_path / "before", 10)
-    flip(save(tmp_path / "before", 20) / "theta.safetensors")
-    found, num_calls = None, 0
-    while found != "step_00000030":
-        folder = tmp_path / str(num_calls)
-        shutil.copytree(tmp_path / "before", folder)
-        with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            Mortal(patch, num_calls)
-            save(folder, 30, keep=1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            path = find_checkpoint(folder)
-        assert path is not None
-        found = path.name
-        assert found in ("step_00000010", "step_00000030")
-        num_calls += 1
-    assert num_calls > 5
 
 
 def test_a_flipped_key_in_the_newest_manifest_does_not_keep_a_run_from_resuming(

@@ -1,13 +1,14 @@
 """The main job with compiled functions follows the plain one, on one rank and on two."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import yaml
+from launched import LAUNCH, TRAIN
+from programs import run, train
 from records import rows_of
-from test_training import TRAIN, run, tagged_text, train
+from tags import tagged_text
 
 from ispen_dist.command_line import parse_train
 
@@ -85,10 +86,10 @@ PROBES = {"symmetry_defect", "precision_error"}
 """Figures that are themselves nothing but rounding."""
 
 
-def assert_compiled(folder, done):
+def assert_compiled(folder, printed):
     summary = json.loads((folder / "summary.json").read_text())
     number = summary["compiled"]["functions"]
-    lines = [line for line in done.stdout.splitlines() if "compiled " in line]
+    lines = [line for line in printed.splitlines() if "compiled " in line]
     assert number == len([line for line in lines if "functions," in line]) > 0
     assert summary["compiled"]["seconds"] > 0.0
     assert any("output of inner_loss" in line for line in lines)
@@ -98,8 +99,8 @@ def assert_compiled(folder, done):
 def test_a_compiled_run_on_label_sets_follows_the_plain_one(
     multilabel, compiled_multilabel, tmp_path
 ):
-    folder, done = compiled_multilabel
-    assert_compiled(folder, done)
+    folder, printed = compiled_multilabel
+    assert_compiled(folder, printed)
     train(multilabel, tmp_path / "plain", BUCKETS)
     assert_same_figures(folder, tmp_path / "plain")
     assert "compiled" not in json.loads((tmp_path / "plain" / "summary.json").read_text())
@@ -107,8 +108,8 @@ def test_a_compiled_run_on_label_sets_follows_the_plain_one(
 
 @pytest.mark.thorough
 def test_a_compiled_run_of_a_transformer_follows_the_plain_one(tagging, tmp_path):
-    done = train(tagging, tmp_path / "compiled", BUCKETS, *COMPILED)
-    assert_compiled(tmp_path / "compiled", done)
+    printed = train(tagging, tmp_path / "compiled", BUCKETS, *COMPILED)
+    assert_compiled(tmp_path / "compiled", printed)
     train(tagging, tmp_path / "plain", BUCKETS)
     assert_same_figures(tmp_path / "compiled", tmp_path / "plain")
 
@@ -117,12 +118,8 @@ def test_a_compiled_run_of_a_transformer_follows_the_plain_one(tagging, tmp_path
 def test_two_ranks_with_a_compiled_inner_step_follow_one(multilabel, tmp_path):
     exact = [BUCKETS, "--compile.inner=true", "--compile.backend=trace", *NO_DROPOUT]
     train(multilabel, tmp_path / "one", *exact)
-    run(
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", "0", TRAIN, "--config", multilabel, "--output", tmp_path / "two",
-        *exact,
-    )  # fmt: skip
+    output = ["--config", multilabel, "--output", tmp_path / "two"]
+    run(*LAUNCH, "--num_processes", "2", TRAIN, *output, *exact)
     assert_same_figures(tmp_path / "two", tmp_path / "one")
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert summary["world_size"] == 2

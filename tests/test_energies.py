@@ -6,8 +6,15 @@ import math
 import problems
 import pytest
 import torch
-from test_graphs import assert_the_same_operator, compiled_operator, losses_of, whole_operator
-from test_staged import assert_the_same_mixed_product, random_like, relative
+from staged import (
+    assert_the_same_mixed_product,
+    assert_the_same_operator,
+    compiled_operator,
+    losses_of,
+    random_like,
+    relative,
+    whole_operator,
+)
 from torch.autograd import gradcheck, gradgradcheck
 
 from ispen_dist.linalg.staged_operators import build_staged_operator

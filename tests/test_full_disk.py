@@ -1,20 +1,19 @@
 """A disk that fills up, turns read-only or vanishes under a run, on a real small file system."""
 
 import json
-import os
 import runpy
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ranks import free_port
+from forks import Job
+from launched import TRAIN
 from records import rows_of
-from test_training import TRAIN, config  # noqa: F401
+from tags import config  # noqa: F401
 
 from ispen_dist.checkpoint import find_checkpoint, load_checkpoint
 from ispen_dist.recording.metrics_file import MetricsFile, read_metrics
@@ -174,31 +173,14 @@ def test_a_folder_that_vanishes_is_not_made_again(on_error, train, tmp_path, cap
     assert not (output / "checkpoints").exists()
 
 
-def test_all_ranks_stop_together(config, disk):  # noqa: F811
+def test_all_ranks_stop_together(config, disk, tmp_path):  # noqa: F811
     """The disk is full after a few checkpoints; rank 1 does not write and must not hang."""
-    output, port = disk / "run", str(free_port())
-    processes = []
-    for rank in range(2):
-        environment = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        command = [
-            sys.executable, str(TRAIN), "--config", str(config), "--output", str(output),
-            "--train.checkpoint_every=1", "--train.keep_checkpoints=99",
-            "--train.max_outer_steps=400",
-        ]  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-        )
-    begin = time.monotonic()
-    outputs = [process.communicate(timeout=300)[0].decode() for process in processes]
-    assert time.monotonic() - begin < 240
-    assert [process.returncode for process in processes] == [5, 5], outputs
-    assert "warning: checkpoint: expected to be written" in outputs[0] or (
-        "warning: tensorboard: expected to be written" in outputs[0]
+    flags = ["checkpoint_every=1", "keep_checkpoints=99", "max_outer_steps=400"]
+    output = ["--config", config, "--output", disk / "run"]
+    job = Job(tmp_path / "job", *output, *(f"--train.{flag}" for flag in flags))
+    assert job.codes(timeout=240.0) == [5, 5], job.text()
+    printed = job.logs[0].read_text()
+    assert "warning: checkpoint: expected to be written" in printed or (
+        "warning: tensorboard: expected to be written" in printed
     )
-    assert find_checkpoint(output / "checkpoints") is not None
+    assert find_checkpoint(disk / "run" / "checkpoints") is not None

@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 from labels import SETTINGS as LABELS
+from launched import TRAIN
 from ranks import start_ranks
 from records import rows_of
-from test_training import SETTINGS as TAGS
-from test_training import TRAIN, tagged_text
+from tags import SETTINGS as TAGS
+from tags import tagged_text
 
 from ispen_dist import objectives
 from ispen_dist.checkpoint import Checkpoint

@@ -1,16 +1,13 @@
 """Every adapter of another system solves the same problem as `ispen_dist.hypergradient`."""
 
-import importlib
-import sys
-from pathlib import Path
-
+import bench_problems
 import pytest
 import torch
+from peers import PEERS
 
 from ispen_dist.linalg import trees
 from ispen_dist.linalg.operators import HessianOperator
 
-PROFILING = str(Path(__file__).parent.parent / "profiling")
 CPU = torch.device("cpu")
 NAMES = ("torchopt", "betty", "curvlinops", "hypertorch", "jax")
 # Where the system itself is wrong, seen with the versions named; a later one may be right.
@@ -24,15 +21,7 @@ NUM_STEPS = 6
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def modules():
-    """bench_problems and peers; the folder is on the path while they import one another."""
-    sys.path.insert(0, PROFILING)
-    yield importlib.import_module("bench_problems"), importlib.import_module("peers")
-    sys.path.remove(PROFILING)
-
-
-def tiny(bench_problems, name, dtype):
+def tiny(name, dtype):
     sizes = {
         "bibtex": bench_problems.BibtexSizes(
             batch_size=8,
@@ -66,8 +55,8 @@ def relative_error(value, reference):
 
 
 @pytest.fixture(params=NAMES)
-def peer(request, modules):
-    peer = modules[1].PEERS[request.param]
+def peer(request):
+    peer = PEERS[request.param]
     reason = peer.available()
     if reason is not None:
         pytest.skip(reason)
@@ -80,24 +69,24 @@ def judge(error, peer, name):
     assert error < TOLERANCE
 
 
-def test_every_peer_is_tested(modules):
-    assert set(NAMES) == set(modules[1].PEERS)
+def test_every_peer_is_tested():
+    assert set(NAMES) == set(PEERS)
 
 
 @pytest.mark.parametrize("name", ["bibtex", "transformer"])
-def test_hypergradient_is_ours(modules, peer, name):
-    double = tiny(modules[0], name, torch.float64).hypergradient(NUM_STEPS)
+def test_hypergradient_is_ours(peer, name):
+    double = tiny(name, torch.float64).hypergradient(NUM_STEPS)
     assert double.status.usable
     assert double.num_steps == NUM_STEPS
-    work = peer.hypergradient(tiny(modules[0], name, torch.float32), NUM_STEPS)
+    work = peer.hypergradient(tiny(name, torch.float32), NUM_STEPS)
     first, second = work(), work()
     judge(relative_error(second, double.value), peer, name)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("name", ["bibtex", "transformer"])
-def test_product_is_ours(modules, peer, name):
-    single, double = (tiny(modules[0], name, t) for t in (torch.float32, torch.float64))
+def test_product_is_ours(peer, name):
+    single, double = (tiny(name, t) for t in (torch.float32, torch.float64))
     work = peer.product(single, single.direction())
     if work is None:
         pytest.skip(f"{peer.name} exposes no product")
@@ -106,15 +95,15 @@ def test_product_is_ours(modules, peer, name):
 
 
 @pytest.mark.parametrize("name", ["bibtex", "transformer"])
-def test_gradient_is_ours(modules, peer, name):
-    work = peer.gradient(tiny(modules[0], name, torch.float32))
+def test_gradient_is_ours(peer, name):
+    work = peer.gradient(tiny(name, torch.float32))
     if work is None:
         pytest.skip(f"{peer.name} has no gradient of its own")
-    double = tiny(modules[0], name, torch.float64)
+    double = tiny(name, torch.float64)
     assert relative_error(work(), double.gradient()) < TOLERANCE
 
 
-def test_values_do_not_depend_on_the_type(modules):
-    single, double = (tiny(modules[0], "bibtex", t) for t in (torch.float32, torch.float64))
+def test_values_do_not_depend_on_the_type():
+    single, double = (tiny("bibtex", t) for t in (torch.float32, torch.float64))
     for ours, wide in ((single.theta, double.theta), (single.phi, double.phi)):
         assert all(torch.equal(ours[key], wide[key].float()) for key in ours)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from launched import TRAIN
 from ranks import start_ranks
 from safetensors.torch import load_file
-from test_training import TRAIN, config  # noqa: F401
+from tags import config  # noqa: F401
 
 EXACT = [
     "--inference_net.dropout=0",

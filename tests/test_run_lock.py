@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import RUNTIMES, free_port
-from test_training import TRAIN, config, run, train  # noqa: F401
+from forks import Job
+from programs import train
+from tags import config  # noqa: F401
 
 from ispen_dist.config import ConfigError
 from ispen_dist.recording.run_lock import RunLock, _holder
@@ -79,22 +80,11 @@ def test_a_second_job_is_refused_on_all_its_ranks(config, tmp_path):  # noqa: F8
     """Reading needs no lock: --print-config works beside the holder."""
     output = tmp_path / "run"
     holder = holder_of(output)
-    port = str(free_port())
-    processes = []
-    for rank in range(2):
-        environment = {
-            **os.environ, **RUNTIMES["replicas"], "RANK": str(rank), "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        command = [sys.executable, str(TRAIN), "--config", str(config), "--output", str(output)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        )
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], errors
-    assert f"held by process {holder.pid}" in errors[0]
-    assert "error" not in errors[1]
+    job = Job(tmp_path / "job", "--config", config, "--output", output)
+    assert job.codes(timeout=240.0) == [2, 2], job.text()
+    printed = [log.read_text() for log in job.logs]
+    assert f"held by process {holder.pid}" in printed[0]
+    assert "error" not in printed[1]
     assert sorted(os.listdir(output)) == [".lock"]
     train(config, output, "--print-config")
     holder.kill()

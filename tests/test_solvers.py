@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import problems
 import pytest
 import torch
+from linear_systems import METRIC, ONES, diagonal, positive_like, spectrum
 
 from ispen_dist.linalg.operators import build_operator
 from ispen_dist.linalg.solution import Status
@@ -89,21 +90,6 @@ def curvature_of(task, curvature):
     return problem, operator, torch.stack(columns)
 
 
-def positive_like(tree, seed=5):
-    """Entries from 0.1 to 10, as the second moments of an optimizer spread."""
-    draw = torch.Generator().manual_seed(seed)
-    return {k: 10.0 ** (2.0 * torch.rand(v.shape, generator=draw) - 1.0) for k, v in tree.items()}
-
-
-def diagonal(*entries):
-    d = torch.tensor(entries)
-    return lambda v: {"w": d * v["w"]}
-
-
-ONES = {"w": torch.ones(3, dtype=torch.float64)}
-
-
-METRIC = {"w": torch.tensor([1.0, 4.0, 0.2], dtype=torch.float64)}
 SHORT = {
     "cg": CG(5),
     "cg_single_reduction": SingleReductionCG(5),
@@ -114,84 +100,8 @@ SHORT = {
     "sama": Sama(metric=METRIC),
 }
 """A few steps on a vector of three."""
-
-
-def preconditioned(max_steps, rtol):
-    return PreconditionedCG(max_steps, rtol, METRIC)
-
-
 EVERY = pytest.mark.parametrize("solver", SHORT.values(), ids=list(SHORT))
 PREPARED = [SHORT[n] for n in SHORT if n not in ("identity", "sama")]
-
-CGS = pytest.mark.parametrize("cg", [CG, SingleReductionCG])
-THREE = pytest.mark.parametrize("cg", [CG, SingleReductionCG, preconditioned])
-
-
-@THREE
-def test_cg_stops_on_negative_curvature_with_the_last_good_iterate(cg):
-    solution = cg(20, 1e-10).solve(diagonal(1.0, 2.0, -5.0), ONES)
-    assert solution.status is Status.NEGATIVE_CURVATURE
-    assert not solution.status.usable
-    assert solution.num_steps == 0
-    assert solution.value["w"].abs().max() == 0.0
-
-
-def spectrum(condition):
-    """A symmetric positive definite matrix of size 40, and a right-hand side."""
-    draw = torch.Generator().manual_seed(4)
-    Q, _ = torch.linalg.qr(torch.randn(40, 40, generator=draw))
-    A = (Q * torch.logspace(0, math.log10(condition), 40)) @ Q.T
-    return (A + A.T) / 2, {"w": torch.randn(40, generator=draw)}
-
-
-def test_single_reduction_cg_takes_the_iterates_of_cg():
-    A, b = spectrum(1e3)
-    for num_steps in (1, 2, 5, 12):
-        pair = [
-            cg(num_steps, 0.0).solve(lambda v: {"w": A @ v["w"]}, b)
-            for cg in (CG, SingleReductionCG)
-        ]
-        torch.testing.assert_close(pair[0].value, pair[1].value, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(pair[0].residuals, pair[1].residuals, rtol=1e-9, atol=0.0)
-        assert pair[0].num_steps == pair[1].num_steps == num_steps
-
-
-def counting_vectors():
-    """Arithmetic of one process, and the number of inner products of every reduction."""
-    calls = []
-
-    def counted(products):
-        calls.append(products.numel())
-        return products
-
-    return Vectors(reduce=counted), calls
-
-
-def test_single_reduction_cg_asks_for_its_inner_products_once_per_step():
-    A, b = spectrum(10.0)
-    vectors, calls = counting_vectors()
-    SingleReductionCG(6, 0.0).solve(lambda v: {"w": A @ v["w"]}, b, vectors=vectors)
-    assert calls == [1] + [4] * 6
-
-
-@CGS
-def test_cg_reports_the_true_residual_in_float32_and_ill_conditioned(cg):
-    A, b = spectrum(1e4)
-    A, b = A.float(), {"w": b["w"].float()}
-    solution = cg(400, 1e-4).solve(lambda v: {"w": A @ v["w"]}, b)
-    assert solution.status is Status.CONVERGED
-    true = (b["w"] - A @ solution.value["w"]).norm() / b["w"].norm()
-    assert true < 1e-3
-
-
-@THREE
-def test_cg_reports_a_limit_that_came_too_early(cg):
-    solution = cg(1, 1e-10).solve(diagonal(1.0, 2.0, 3.0), ONES)
-    assert solution.status is Status.MAX_STEPS
-    assert solution.status.usable
-    assert solution.num_steps == 1
-    assert solution.residuals[0] == 1.0
-    assert 0.0 < solution.residual < 1.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -230,14 +140,6 @@ def test_a_zero_right_hand_side_takes_no_product(solver):
     solution = solver.solve(forbidden, {"w": torch.zeros(3)}, shift=0.1)
     assert solution.status is Status.ZERO_RHS
     assert solution.num_steps == 0
-
-
-@THREE
-def test_a_start_worse_than_zero_is_dropped(cg):
-    bad = {"w": torch.full((3,), 1e6)}
-    cold = cg(2, 0.0).solve(diagonal(1.0, 2.0, 3.0), ONES)
-    warm = cg(2, 0.0).solve(diagonal(1.0, 2.0, 3.0), ONES, start=bad)
-    assert torch.equal(cold.value["w"], warm.value["w"])
 
 
 def test_every_status_explains_itself():
@@ -291,118 +193,6 @@ def test_the_combination_makes_the_solution_of_what_was_multiplied(solver_name, 
     assert len(solution.combination) == len(seen) == 6 + of_start
     made = sum(c * v for c, v in zip(solution.combination, seen, strict=True))
     torch.testing.assert_close(made, solution.value["w"], rtol=1e-12, atol=1e-13)
-
-
-@THREE
-def test_the_combination_of_a_failed_solve_is_that_of_its_last_iterate(cg):
-    solution = cg(20, 1e-10).solve(diagonal(1.0, 2.0, -5.0), ONES)
-    assert solution.combination == (0.0,)
-
-
-# -- a diagonal as preconditioner ----------------------------------------------------------------
-
-
-def test_preconditioned_cg_takes_the_iterates_of_cg_in_other_coordinates():
-    """Of q = P^(-1/2) x, conjugate gradients on P^(-1/2) A P^(-1/2) x = P^(-1/2) b."""
-    A, b = spectrum(1e3)
-    shift, metric = 0.7, positive_like(b)
-    root = (metric["w"] + shift).sqrt()
-    A_shifted = A + shift * torch.eye(40)
-    for num_steps in (1, 2, 5, 12):
-        pcg = PreconditionedCG(num_steps, 0.0, metric)
-        q = pcg.solve(lambda v: {"w": A @ v["w"]}, b, shift=shift).value["w"]
-        inside = {"w": b["w"] / root}
-        x = CG(num_steps, 0.0).solve(lambda v: {"w": A_shifted @ (v["w"] / root) / root}, inside)
-        torch.testing.assert_close(q, x.value["w"] / root, rtol=1e-9, atol=1e-12)
-
-
-def test_the_right_diagonal_saves_steps_and_none_is_plain_cg():
-    scale = torch.logspace(0, 4, 40)
-    A, b = spectrum(3.0)
-    A = A * scale.sqrt() * scale.sqrt()[:, None]
-
-    def solve(solver):
-        return solver.solve(lambda v: {"w": A @ v["w"]}, b)
-
-    plain, without = solve(CG(400, 1e-8)), solve(PreconditionedCG(400, 1e-8))
-    assert torch.equal(plain.value["w"], without.value["w"])
-    assert plain.residuals == without.residuals
-    found = solve(PreconditionedCG(400, 1e-8, {"w": scale}))
-    assert found.status is Status.CONVERGED
-    assert found.num_steps < plain.num_steps / 3
-
-
-def test_preconditioned_cg_asks_for_its_inner_products_twice_per_step():
-    A, b = spectrum(10.0)
-    vectors, calls = counting_vectors()
-    PreconditionedCG(6, 0.0, positive_like(b)).solve(
-        lambda v: {"w": A @ v["w"]}, b, vectors=vectors
-    )
-    assert len(calls) == 2 + 2 * 6
-
-
-# -- a low-rank approximation --------------------------------------------------------------------
-
-
-def low_rank(*eigenvalues):
-    draw = torch.Generator().manual_seed(6)
-    Q, _ = torch.linalg.qr(torch.randn(40, len(eigenvalues), generator=draw))
-    return (Q * torch.tensor(eigenvalues)) @ Q.T, {"w": torch.randn(40, generator=draw)}
-
-
-def solve_low_rank(H, b, rank, shift=0.3, rtol=1e-6):
-    return Nystrom(rank, rtol).solve(lambda v: {"w": H @ v["w"]}, b, shift=shift)
-
-
-@pytest.mark.parametrize("rank", [3, 4, 7])
-def test_nystrom_is_exact_where_its_rank_reaches_that_of_the_curvature(rank):
-    H, b = low_rank(9.0, 2.0, 0.5)
-    solution = solve_low_rank(H, b, rank)
-    exact = torch.linalg.solve(H + 0.3 * torch.eye(40), b["w"])
-    assert solution.status is Status.CONVERGED
-    assert solution.num_steps == rank + 1
-    torch.testing.assert_close(solution.value["w"], exact, rtol=1e-9, atol=1e-10)
-
-
-def test_nystrom_of_a_lower_rank_is_the_formula_with_a_dense_inverse():
-    H, b = low_rank(9.0, 2.0, 0.5)
-    solution = solve_low_rank(H, b, 2)
-    draw = torch.Generator().manual_seed(0)
-    O = torch.stack([torch.randn(40, generator=draw) for _ in range(2)], 1)  # noqa: E741
-    H_k = H @ O @ torch.linalg.inv(O.T @ H @ O) @ O.T @ H
-    q = torch.linalg.solve(H_k + 0.3 * torch.eye(40), b["w"])
-    torch.testing.assert_close(solution.value["w"], q, rtol=1e-10, atol=1e-12)
-    assert solution.status is Status.MAX_STEPS
-    true = (b["w"] - H @ q - 0.3 * q).norm() / b["w"].norm()
-    assert solution.residual == pytest.approx(true.item(), rel=1e-10)
-
-
-@pytest.mark.parametrize(("shift", "status"), [(0.3, "negative_curvature"), (2.5, "converged")])
-def test_nystrom_sees_a_damping_below_the_most_negative_eigenvalue(shift, status):
-    H, b = low_rank(9.0, -2.0, 0.5)
-    solution = solve_low_rank(H, b, 5, shift)
-    assert solution.status is Status(status)
-    assert solution.status.usable == (status == "converged")
-
-
-def test_nystrom_asks_for_its_inner_products_once():
-    A, b = spectrum(10.0)
-    vectors, calls = counting_vectors()
-    Nystrom(4).solve(lambda v: {"w": A @ v["w"]}, b, shift=0.3, vectors=vectors)
-    assert calls == [1, 10 + 10 + 4, 2]
-
-
-def test_nystrom_holds_in_float32():
-    """Also beyond the rank of the curvature: the small system is singular but for rounding."""
-    H, b = low_rank(9.0, 2.0, 0.5)
-    exact = torch.linalg.solve(H + 0.3 * torch.eye(40), b["w"])
-    for rank in (3, 6):
-        solution = solve_low_rank(H.float(), {"w": b["w"].float()}, rank, rtol=1e-4)
-        assert solution.status is Status.CONVERGED
-        assert (solution.value["w"].double() - exact).norm() / exact.norm() < 1e-4
-
-
-# -- shards --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver_name", SOLVERS)

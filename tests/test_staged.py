@@ -1,57 +1,30 @@
 """Curvature stage by stage equals the graph of the whole gradient and a dense reference."""
 
-import dataclasses
-
 import problems
 import pytest
 import torch
+from staged import (
+    CURVATURES,
+    MEMORY,
+    NoPotentials,
+    Tied,
+    assert_the_same_mixed_product,
+    random_like,
+    relative,
+    square,
+    staged_of,
+    tiny,
+)
 from torch import nn
 
 import ispen_dist
 from ispen_dist.implicit import staged_hypergradient
-from ispen_dist.linalg.layout import Replicas
 from ispen_dist.linalg.operators import build_operator
-from ispen_dist.linalg.reduction import OneProcess
-from ispen_dist.linalg.staged import StagedFunction
 from ispen_dist.linalg.staged_operators import StagedHessian, StagedLoss, build_staged_operator
 from ispen_dist.linalg.stages import StageError
-from ispen_dist.losses import Losses
-from ispen_dist.models.stages import Part, StagedNetwork, parts_of, stages_at
-from ispen_dist.players import build_players, replicated
+from ispen_dist.models.stages import Part, StagedNetwork, parts_of
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-CURVATURES = ["hessian", "gauss_newton"]
-MEMORY = ["states", "recompute"]
-
-
-def tiny(task, memory="states", dropout=0.0, **energy):
-    """Losses of a tiny run with the energy away from zero."""
-    config = problems.config_of(task, objective="ssvm", task_weight=1.0)
-    net = dataclasses.replace(
-        config.inference_net, dropout=dropout, feature_dropout=dropout, num_layers=2
-    )
-    config = dataclasses.replace(
-        config,
-        inference_net=net,
-        energy=dataclasses.replace(config.energy, **energy),
-        solver=dataclasses.replace(config.solver, memory=memory),
-    )
-    players = build_players(config, problems.codec_of(task), problems.CPU)
-    with torch.no_grad():
-        for name, value in problems.random_phi(players).items():
-            players.phi[name].copy_(value)
-    return Losses(players, replicated(players))
-
-
-def random_like(tree, seed=7):
-    draw = torch.Generator().manual_seed(seed)
-    return {k: torch.randn(v.shape, generator=draw) for k, v in tree.items()}
-
-
-def relative(a, b):
-    a, b = problems.flatten(a), problems.flatten(b)
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -71,17 +44,6 @@ def test_every_part_of_an_operator_equals_the_whole_graph(task, curvature, memor
     for v in directions:
         assert relative(staged.matvec(v), whole.matvec(v)) < 1e-12
     assert_the_same_mixed_product(staged, whole, losses, directions)
-
-
-def assert_the_same_mixed_product(operator, whole, losses, multiplied):
-    """Of any vector, and without a pass of a combination of those that were multiplied."""
-    q = random_like(losses.theta(), 3)
-    mixed = operator.mixed(q)
-    assert list(mixed) == list(losses.phi())
-    assert relative(mixed, whole.mixed(q)) < 1e-12
-    coefficients = [0.7 - 1.1 * i for i in range(len(multiplied))]
-    q = {k: sum(c * v[k] for c, v in zip(coefficients, multiplied, strict=True)) for k in q}
-    assert relative(operator.mixed({}, coefficients), whole.mixed(q)) < 1e-12
 
 
 @pytest.mark.parametrize("freeze_local", [True, False])
@@ -139,45 +101,6 @@ def test_a_hessian_by_stages_is_the_dense_one(curvature):
         product = problems.flatten(operator.matvec(v))
         expected = dense @ problems.flatten(v)
         assert (product - expected).norm() / expected.norm() < 1e-12
-
-
-class Tied(StagedNetwork):
-    """A linear layer read twice, with one frozen parameter between."""
-
-    def __init__(self):
-        super().__init__()
-        self.shared = nn.Linear(3, 3)
-        self.scale = nn.Linear(3, 3, bias=False)
-        self.scale.weight.requires_grad_(False)
-
-    def parts(self):
-        return [
-            Part("in", lambda x, *s: (torch.tanh(self.shared(x["x"])),), [self.shared]),
-            Part("scale", lambda x, h: (torch.sin(self.scale(h)),), [self.scale]),
-            Part("out", lambda x, h: (torch.tanh(self.shared(h)),), [self.shared]),
-        ]
-
-
-def staged_of(network, inputs, **settings):
-    frozen = frozenset(n for n, p in network.named_parameters() if not p.requires_grad)
-    return StagedFunction(
-        stages_at(network, inputs, True),
-        Replicas(OneProcess()),
-        dict(network.named_parameters()),
-        frozen=frozen,
-        **settings,
-    )
-
-
-class NoPotentials:
-    psi: dict = {}  # noqa: RUF012
-
-    def pull_back(self, psi_bar):
-        return {}
-
-
-def square(z, psi, data=None):
-    return (torch.exp(z) * z).sum(), 1.0
 
 
 @pytest.mark.parametrize("prefetch", [True, False])

@@ -6,18 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
+import report
 from profiled import profiled  # noqa: F401
 from ranks import free_port
-
-sys.path.append(str(Path(__file__).parent.parent / "profiling"))
-
-import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 

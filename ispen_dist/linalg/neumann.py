@@ -4,8 +4,14 @@ import math
 from dataclasses import dataclass
 
 from ispen_dist.linalg.solution import Solution, Status
-from ispen_dist.linalg.solver import MatVec, begin_solve, require_positive, shifted
-from ispen_dist.linalg.trees import Tree, add_scaled, scaled, zeros_like
+from ispen_dist.linalg.solver import (
+    MatVec,
+    begin_solve,
+    require_positive,
+    shifted,
+    without_work,
+)
+from ispen_dist.linalg.trees import Tree, add_scaled, scaled
 from ispen_dist.linalg.vectors import Vectors
 
 
@@ -92,7 +98,6 @@ class Identity:
     ) -> Solution:
         """See `Solver.solve`; `matvec`, `shift` and `start` are not used."""
         bb = (vectors or Vectors()).dots([(rhs, rhs)]).item()
-        if not math.isfinite(bb):
-            return Solution(zeros_like(rhs), Status.NOT_FINITE, 0, math.nan)
-        status = Status.APPROXIMATE if bb > 0.0 else Status.ZERO_RHS
-        return Solution(scaled(rhs, 1.0 / self.scale), status, 0, math.nan)
+        if (ended := without_work(rhs, bb)) is not None:
+            return ended
+        return Solution(scaled(rhs, 1.0 / self.scale), Status.APPROXIMATE, 0, math.nan)

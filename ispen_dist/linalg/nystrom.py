@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ispen_dist.linalg.solution import Solution, Status
-from ispen_dist.linalg.solver import MatVec, require_positive, shifted
+from ispen_dist.linalg.solver import MatVec, require_positive, shifted, without_work
 from ispen_dist.linalg.trees import Tree, add_scaled, random_like, scaled, zeros_like
 from ispen_dist.linalg.vectors import Vectors
 
@@ -63,7 +63,8 @@ class Nystrom:
                 "raise the damping"
             )
         vectors, k = vectors or Vectors(), self.max_steps
-        if (ended := _without_work(rhs, vectors)) is not None:
+        bb = vectors.dots([(rhs, rhs)]).item()
+        if (ended := without_work(rhs, bb)) is not None:
             return ended
         generator = torch.Generator().manual_seed(self.seed)
         directions = [random_like(rhs, generator) for _ in range(k)]
@@ -93,13 +94,6 @@ class Nystrom:
             status = Status.CONVERGED if residual <= self.rtol else Status.MAX_STEPS
         combination = (*[0.0] * self.max_steps, 1.0)
         return Solution(q, status, self.max_steps + 1, residual, (1.0, residual), combination)
-
-
-def _without_work(rhs: Tree, vectors: Vectors) -> Solution | None:
-    bb = vectors.dots([(rhs, rhs)]).item()
-    if not math.isfinite(bb):
-        return Solution(zeros_like(rhs), Status.NOT_FINITE, 0, math.nan)
-    return Solution(zeros_like(rhs), Status.ZERO_RHS, 0, 0.0) if bb == 0.0 else None
 
 
 def _by_rows(x: Tree) -> Tree:

@@ -95,12 +95,14 @@ def begin_solve(matvec: MatVec, rhs: Tree, vectors: Vectors, start: Tree | None)
             q, r = copied(start), r_start
         else:
             rr = bb
-    ended = None
+    return Begin(q, r, rr, bb, without_work(rhs, bb), of_start)
+
+
+def without_work(rhs: Tree, bb: float) -> Solution | None:
+    """Return how a solve ends at once, where `bb = |rhs|^2` is zero or not finite."""
     if not math.isfinite(bb):
-        ended = Solution(zeros_like(rhs), Status.NOT_FINITE, 0, math.nan)
-    elif bb == 0.0:
-        ended = Solution(zeros_like(rhs), Status.ZERO_RHS, 0, 0.0)
-    return Begin(q, r, rr, bb, ended, of_start)
+        return Solution(zeros_like(rhs), Status.NOT_FINITE, 0, math.nan)
+    return Solution(zeros_like(rhs), Status.ZERO_RHS, 0, 0.0) if bb == 0.0 else None
 
 
 def read(*scalars: Tensor) -> list[float]:

@@ -8,6 +8,7 @@ padding.
 
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,19 +67,21 @@ _EMBEDDINGS = {False: TokenEmbedding, True: DenseEmbedding}
 """By whether tokens are vectors."""
 
 
-class BiLSTMTagger(_Tagger):
-    """Tags from a BiLSTM, with a shortcut from the token's own features to its logits.
+class _LayeredTagger(_Tagger):
+    """Tags from an encoder that is a number of layers of one width.
 
     Args:
         num_buckets: rows of the embedding table.
         num_tags: K.
         embedding_size: width of token embeddings.
-        hidden_size: width per direction.
-        num_layers: LSTM layers.
+        hidden_size: width of the hidden layers, of an LSTM per direction.
+        num_layers: hidden layers.
         dropout: rate of embeddings and hidden units.
         feature_dropout: rate of whole input features.
         dense: whether tokens are vectors of `num_buckets` numbers.
     """
+
+    encoder_type: ClassVar[type[BiLSTMEncoder] | type[TokenMLPEncoder]]
 
     def __init__(
         self,
@@ -91,13 +94,25 @@ class BiLSTMTagger(_Tagger):
         feature_dropout: float = 0.0,
         dense: bool = False,
     ) -> None:
-        encoder = BiLSTMEncoder(embedding_size, hidden_size, num_layers, dropout)
+        encoder = self.encoder_type(embedding_size, hidden_size, num_layers, dropout)
         super().__init__(
             _EMBEDDINGS[dense](num_buckets, embedding_size, feature_dropout),
             encoder,
             (encoder.output_size + embedding_size, num_tags),
             dropout,
         )
+
+
+class BiLSTMTagger(_LayeredTagger):
+    """Tags from a BiLSTM, with a shortcut from the token's own features to its logits."""
+
+    encoder_type = BiLSTMEncoder
+
+
+class TokenMLPTagger(_LayeredTagger):
+    """Tags from each token alone; what its neighbours are is left to the energy."""
+
+    encoder_type = TokenMLPEncoder
 
 
 class TransformerTagger(_Tagger):
@@ -130,39 +145,6 @@ class TransformerTagger(_Tagger):
         super().__init__(
             _EMBEDDINGS[dense](num_buckets, embedding_size, feature_dropout),
             TransformerEncoder(embedding_size, hidden_size, num_layers, num_heads, dropout),
-            (hidden_size + embedding_size, num_tags),
-            dropout,
-        )
-
-
-class TokenMLPTagger(_Tagger):
-    """Tags from each token alone; what its neighbours are is left to the energy.
-
-    Args:
-        num_buckets: rows of the embedding table.
-        num_tags: K.
-        embedding_size: width of token embeddings.
-        hidden_size: width of the hidden layers.
-        num_layers: hidden layers.
-        dropout: rate of embeddings and hidden units.
-        feature_dropout: rate of whole input features.
-        dense: whether tokens are vectors of `num_buckets` numbers.
-    """
-
-    def __init__(
-        self,
-        num_buckets: int,
-        num_tags: int,
-        embedding_size: int = 64,
-        hidden_size: int = 128,
-        num_layers: int = 1,
-        dropout: float = 0.0,
-        feature_dropout: float = 0.0,
-        dense: bool = False,
-    ) -> None:
-        super().__init__(
-            _EMBEDDINGS[dense](num_buckets, embedding_size, feature_dropout),
-            TokenMLPEncoder(embedding_size, hidden_size, num_layers, dropout),
             (hidden_size + embedding_size, num_tags),
             dropout,
         )
