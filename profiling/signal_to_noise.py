@@ -181,7 +181,7 @@ def measure(bench: Bench, case: Case, repeats: int) -> list[dict[str, object]]:
             part,
             f"{signal:.3g}",
             f"{noise:.3g}",
-            f"{signal / noise:.3g}",
+            f"{signal / noise if noise else math.inf:.3g}",
             f"{case.batch_size * (noise / signal) ** 2:.0f}" if signal else "",
             f"{cosine:.3f}",
         )
