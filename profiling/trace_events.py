@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
 
@@ -157,14 +158,9 @@ def read_trace(path: Path) -> Trace:
     Raises:
         TraceError: for a file that is empty, cut short, no trace, or of another program.
     """
-    trace = None
     try:
         with _open(path) as file:
-            for text in _pieces(file):
-                piece = _decoder.decode(text)
-                trace = trace or _begun(path, piece)
-                for event in _wanted(piece):
-                    trace.add(event)
+            trace = _read(path, file)
     except msgspec.ValidationError as error:
         raise TraceError(
             f"{path}: expected a trace of the PyTorch profiler, got JSON of another form: {error}; "
@@ -182,6 +178,16 @@ def read_trace(path: Path) -> Trace:
 
 def _open(path: Path) -> BinaryIO:
     return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+
+
+def _read(path: Path, file: BinaryIO) -> Trace:
+    pieces = map(_decoder.decode, _pieces(file))
+    first = next(pieces)
+    trace = _begun(path, first)
+    for piece in chain([first], pieces):
+        for event in _wanted(piece):
+            trace.add(event)
+    return trace
 
 
 # -- pieces of the text --------------------------------------------------------------------------

@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parent.parent / "profiling"))
 
 import phases
 import trace_events
+from profiler_overhead import without_batches
 from trace_events import Event, TraceError, no_search_for_cycles, read_trace
 
 ABOUT = {"rank": 3, "last_round": 9, "seconds": [0.5]}
@@ -103,3 +104,10 @@ def test_intervals_hold_the_moments_that_they_should(seed):
     assert phases.length(found) == len(covered)
     assert all(a[1] < b[0] for a, b in pairwise(found))
     assert phases._clipped([], spans) == phases.union([]) == []
+
+
+def test_the_cost_of_recording_is_free_of_the_batches():
+    """The third round of a cycle is 5 times the first by its batch, and recording doubles it."""
+    plain = [1.0, 9.0, 5.0, 2.0, 9.0, 10.0]
+    run = [1.5, 9.0, 15.0, 3.0, 9.0, 30.0]  # on a slower machine
+    assert without_batches(run, plain) == [2.0, 2.0]
