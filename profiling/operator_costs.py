@@ -56,7 +56,7 @@ def input_bytes(event: Event) -> int:
     """Return the size of the tensors that an operator reads, as far as shapes were recorded."""
     if event.name in _MOVES_NOTHING:
         return 0
-    shapes, types = (event.args.get(key, []) for key in ("Input Dims", "Input type"))
+    shapes, types = event.args.get("Input Dims", []), event.args.get("Input type", [])
     return sum(
         math.prod(shape) * _SIZES[kind]
         for shape, kind in zip(shapes, types, strict=False)

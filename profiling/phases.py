@@ -6,10 +6,11 @@ range covers is `other`. The phases of a round therefore add up to the round.
 
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import numpy as np
 from operator_costs import input_bytes, leaves, matrix_product_flops
 from trace_events import Event, Trace
 
@@ -188,28 +189,29 @@ def _overlap(trace: Trace, spans: Sequence[tuple[float, float]], result: Breakdo
 Interval = tuple[float, float]
 
 
-def _clipped(events: Iterable[Event], spans: Sequence[Interval]) -> list[Interval]:
-    """Return the parts of events inside the spans, which are in order."""
-    result = []
-    for event in events:
-        place = max(bisect_right(spans, (event.begin, float("inf"))) - 1, 0)
-        for begin, end in spans[place:]:
-            if begin >= event.end:
-                break
-            if (a := max(begin, event.begin)) < (b := min(end, event.end)):
-                result.append((a, b))
+def _clipped(events: Sequence[Event], spans: Sequence[Interval]) -> list[Interval]:
+    """Return the parts of events inside the spans, span by span."""
+    begins = np.array([e.begin for e in events])
+    ends = np.array([e.end for e in events])
+    result: list[Interval] = []
+    for begin, end in spans:
+        inside = (np.maximum(begins, begin), np.minimum(ends, end))
+        kept = inside[0] < inside[1]
+        result += zip(*(side[kept].tolist() for side in inside), strict=True)
     return result
 
 
 def union(intervals: Sequence[Interval]) -> list[Interval]:
     """Return the same moments as disjoint intervals in order."""
-    result: list[Interval] = []
-    for begin, end in sorted(intervals):
-        if result and begin <= result[-1][1]:
-            result[-1] = (result[-1][0], max(end, result[-1][1]))
-        else:
-            result.append((begin, end))
-    return result
+    if not intervals:
+        return []
+    ordered = np.array(intervals)
+    begins, ends = ordered[np.argsort(ordered[:, 0])].T
+    # An interval stands alone if it begins after the end of all before it.
+    reached = np.maximum.accumulate(ends)
+    alone = begins[1:] > reached[:-1]
+    firsts, lasts = np.append(True, alone), np.append(alone, True)
+    return list(zip(begins[firsts].tolist(), reached[lasts].tolist(), strict=True))
 
 
 def without(intervals: Sequence[Interval], taken: Sequence[Interval]) -> list[Interval]:

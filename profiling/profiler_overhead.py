@@ -4,8 +4,9 @@
 
 One run per variant records every third round, so that rounds with and without recording stand side
 by side in one process; the seconds of a round are those of its steps, without writing the trace.
-The rounds between have no ranges at all. What a range costs there is timed by itself. Further
-settings of the run may follow, such as --inner.steps=5.
+The rounds between have no ranges at all. What a range costs there is timed by itself. Rounds differ
+in their batches too: by how much, the same rounds of a run without a profiler say, and the ratio is
+free of it. Further settings of the run may follow, such as --inner.steps=5.
 """
 
 import argparse
@@ -31,6 +32,8 @@ from ispen_dist.recording.metrics_file import read_metrics
 ROOT = Path(__file__).parent.parent
 CYCLE = 3
 """Rounds of a schedule: one as if off, one recorded and thrown away, one recorded."""
+SHORT = ["--solver.max_steps=2"]
+"""Fewer events per trace, since most of the time goes into writing them."""
 VARIANTS = {
     "ranges and operators": ["--profile.shapes=false", "--profile.memory=false"],
     "with shapes and memory (default)": [],
@@ -38,10 +41,8 @@ VARIANTS = {
 }
 
 
-def measure(
-    config: Path, flags: Sequence[str], num_cycles: int
-) -> tuple[list[float], list[float], float]:
-    """Return seconds of rounds that are off, of recorded ones, and megabytes of a trace."""
+def measure(config: Path, flags: Sequence[str], num_cycles: int) -> tuple[list[float], float]:
+    """Return seconds of all rounds of the schedule, and megabytes of a trace if there is one."""
     warmup = 1
     schedule = [
         f"--train.warmup_rounds={warmup}",
@@ -67,7 +68,26 @@ def measure(
         sizes = [p.stat().st_size for p in (run / "profile").glob("*.gz")]
     examples = settings.inner.steps * settings.inner.batch_size + settings.outer.batch_size
     seconds = [examples / row["examples_per_second"] for row in rows if row["step"] > warmup + 1]
-    return seconds[0::CYCLE], seconds[2::CYCLE], statistics.mean(sizes) / 1e6
+    return seconds, sum(sizes) / max(len(sizes), 1) / 1e6
+
+
+def off_and_recorded(seconds: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the first and the last round of every cycle."""
+    return seconds[0::CYCLE], seconds[CYCLE - 1 :: CYCLE]
+
+
+def without_batches(seconds: Sequence[float], plain: Sequence[float]) -> list[float]:
+    """Return how much longer recorded rounds take, in order of size.
+
+    Args:
+        seconds: of the rounds of a run that records.
+        plain: of the same rounds of a run that does not.
+    """
+    of_run, of_plain = off_and_recorded(seconds), off_and_recorded(plain)
+    return sorted(
+        recorded / off / (plain_recorded / plain_off)
+        for off, recorded, plain_off, plain_recorded in zip(*of_run, *of_plain, strict=True)
+    )
 
 
 def nanoseconds_off(number: int = 200_000) -> float:
@@ -88,15 +108,18 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "twitter_pos.yaml")
-    parser.add_argument("--cycles", type=int, default=5, help="recorded rounds per variant")
+    parser.add_argument("--cycles", type=int, default=3, help="recorded rounds per variant")
     parser.add_argument("--output", type=Path, help="CSV that rows are added to")
     known, settings = parser.parse_known_args()
+    settings = [*SHORT, *settings]
     off = nanoseconds_off()
+    plain, _ = measure(known.config, [*settings, "--profile.enabled=false"], known.cycles)
     table = Table("variant", "off, s", "recorded, s", "ratio", "MB per trace")
     rows = []
     for variant, flags in VARIANTS.items():
-        without, recorded, size = measure(known.config, [*settings, *flags], known.cycles)
-        ratios = sorted(b / a for a, b in zip(without, recorded, strict=True))
+        seconds, size = measure(known.config, [*settings, *flags], known.cycles)
+        without, recorded = off_and_recorded(seconds)
+        ratios = without_batches(seconds, plain)
         rows.append(
             {
                 "commit": commit(),

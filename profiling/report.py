@@ -20,7 +20,7 @@ from report_page import Page, Table
 from report_plots import data_uri, peak_bars, phase_bars, rate_bars, solver_curves, timeline
 from rich.console import Console
 from rich.table import Table as RichTable
-from trace_events import find_traces, read_trace
+from trace_events import find_traces, no_search_for_cycles, read_trace
 
 from ispen_dist.command_line import load_config
 from ispen_dist.config import Config
@@ -37,7 +37,8 @@ def build_report(folder: Path, limits: Callable[[Config], Limits]) -> Page:
     Raises:
         ValueError: with one line that names a file and what to do.
     """
-    breakdowns = [break_down(read_trace(path)) for path in find_traces(folder)]
+    with no_search_for_cycles():
+        breakdowns = [break_down(read_trace(path)) for path in find_traces(folder)]
     config = load_config(folder / "config.yaml")
     solves = _solves(folder / "metrics.jsonl")
     of_device = limits(config)

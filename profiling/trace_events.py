@@ -1,17 +1,21 @@
-"""Reads a trace of the PyTorch profiler, event by event: a trace may be larger than memory.
+"""Reads a trace of the PyTorch profiler, piece by piece: its text may be larger than memory.
 
-The format is Chrome's, as Kineto writes it: times in microseconds, one object per event.
+The format is Chrome's, as Kineto writes it: times in microseconds, one object per event. What the
+report does not use is passed over while reading and never becomes an object of Python.
 """
 
+import gc
 import gzip
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
-import ijson
+import msgspec
 
 from ispen_dist import ranges
 from ispen_dist.recording.profiler import METADATA
@@ -21,6 +25,9 @@ _WANTED = {
     "user_annotation", "cpu_op", "kernel", "gpu_memcpy", "gpu_memset", "cuda_runtime",
     "cuda_driver", "cpu_instant_event",
 }  # fmt: skip
+PIECE_BYTES = 2**22
+"""Of text that are read at a time."""
+
 _TO_DO = "profile the run again with --profile.enabled=true"
 
 
@@ -28,16 +35,30 @@ class TraceError(ValueError):
     """A file that is no whole trace of a run; the message names it and says what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+Args = TypedDict(
+    "Args",
+    {
+        "Input Dims": list[Any],
+        "Input type": list[Any],
+        "correlation": int,
+        "Device Type": int,
+        "Device Id": int,
+        "Total Allocated": int,
+    },
+    total=False,
+)
+"""Details of an event that are kept."""
+
+
+class Event(msgspec.Struct, frozen=True, gc=False):
     """Something that happened: `begin` and `end` in seconds, equal for an instant."""
 
     name: str
     category: str
     begin: float
     end: float
-    thread: Any
-    args: dict[str, Any]
+    thread: int | str
+    args: Args
 
     @property
     def seconds(self) -> float:
@@ -60,7 +81,7 @@ class Trace:
         collectives: as the library of the collectives saw them, from start to end.
         kernels: and copies on a GPU.
         launches: on the CPU, by the number that the kernel carries too.
-        allocations: instants with `Bytes` and `Total Allocated`.
+        allocations: instants with `Total Allocated`.
     """
 
     path: Path
@@ -116,6 +137,21 @@ def find_traces(folder: Path) -> list[Path]:
     ]
 
 
+@contextmanager
+def no_search_for_cycles() -> Iterator[None]:
+    """Pause Python's search for cycles of garbage.
+
+    Events have none, and with a million of them in memory it takes longer than to read them.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def read_trace(path: Path) -> Trace:
     """Read a trace.
 
@@ -123,18 +159,16 @@ def read_trace(path: Path) -> Trace:
         TraceError: for a file that is empty, cut short, no trace, or of another program.
     """
     try:
-        about = _about(path)
-        trace = Trace(path, about["rank"], about["last_round"], about["seconds"])
-        for event in _events(path):
-            trace.add(event)
-    except (OSError, EOFError, zlib.error, ijson.JSONError, UnicodeDecodeError) as error:
+        with _open(path) as file:
+            trace = _read(path, file)
+    except msgspec.ValidationError as error:
+        raise TraceError(
+            f"{path}: expected a trace of the PyTorch profiler, got JSON of another form: {error}; "
+            f"{_TO_DO}"
+        ) from error
+    except (OSError, EOFError, zlib.error, msgspec.DecodeError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise TraceError(f"{path}: expected a whole trace, got: {reason}; {_TO_DO}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise TraceError(
-            f"{path}: expected a trace of the PyTorch profiler, got JSON of another form "
-            f"({type(error).__name__}: {error}); {_TO_DO}"
-        ) from error
     # A round that was interrupted is in the trace, but its time is not known.
     trace.rounds = sorted(trace.rounds, key=lambda e: e.begin)[: len(trace.seconds)]
     if not trace.rounds:
@@ -146,27 +180,72 @@ def _open(path: Path) -> BinaryIO:
     return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
 
 
-def _about(path: Path) -> dict[str, Any]:
-    """Return what the run said about the trace; it stands before the events."""
-    with _open(path) as file:
-        for prefix, kind, _ in ijson.parse(file):
-            if prefix == METADATA and kind == "start_map":
-                break
-            if prefix == "traceEvents":
-                raise TraceError(
-                    f"{path}: expected a trace that ispen_dist wrote, got one without its entry "
-                    f'"{METADATA}"; {_TO_DO}'
-                )
-    with _open(path) as file:
-        return next(ijson.items(file, METADATA, use_float=True), {})
+def _read(path: Path, file: BinaryIO) -> Trace:
+    pieces = map(_decoder.decode, _pieces(file))
+    first = next(pieces)
+    trace = _begun(path, first)
+    for piece in chain([first], pieces):
+        for event in _wanted(piece):
+            trace.add(event)
+    return trace
 
 
-def _events(path: Path) -> Iterator[Event]:
-    with _open(path) as file:
-        for event in ijson.items(file, "traceEvents.item", use_float=True):
-            if event.get("cat") not in _WANTED or event["ph"] not in ("X", "i"):
-                continue
-            begin = event["ts"] * 1e-6
-            end = begin + event.get("dur", 0.0) * 1e-6
-            args = event.get("args", {})
-            yield Event(event["name"], event["cat"], begin, end, event["tid"], args)
+# -- pieces of the text --------------------------------------------------------------------------
+
+
+class _RawEvent(msgspec.Struct, gc=False):
+    ph: str
+    name: str
+    ts: float
+    cat: str = ""
+    dur: float = 0.0
+    tid: int | str = ""
+    args: Args = {}
+
+
+class _About(msgspec.Struct):
+    rank: int
+    last_round: int
+    seconds: list[float]
+
+
+class _Piece(msgspec.Struct):
+    events: list[_RawEvent] = msgspec.field(name="traceEvents")
+    about: _About | None = msgspec.field(name=METADATA, default=None)
+
+
+_decoder = msgspec.json.Decoder(_Piece)
+_BEGIN, _END = b'"traceEvents": [', b"\n  }"
+"""Of all events and of one; a string has no line breaks, and what is inside an event stands deeper.
+A file with other spaces is right too, but is one piece."""
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    """Cut a trace after whole events into JSON objects of its own form."""
+    text = b""
+    while more := file.read(PIECE_BYTES):
+        text += more
+        begin, cut = text.find(_BEGIN), text.rfind(_END + b",")
+        if 0 <= begin < cut:
+            cut += len(_END)
+            yield text[:cut] + b"]}"
+            text = b"{" + _BEGIN + text[cut + 1 :]
+    yield text
+
+
+def _begun(path: Path, piece: _Piece) -> Trace:
+    """Begin a trace by what the run said about it, which stands before the events."""
+    about = piece.about
+    if about is None:
+        raise TraceError(
+            f"{path}: expected a trace that ispen_dist wrote, got one without its entry "
+            f'"{METADATA}"; {_TO_DO}'
+        )
+    return Trace(path, about.rank, about.last_round, about.seconds)
+
+
+def _wanted(piece: _Piece) -> Iterator[Event]:
+    for raw in piece.events:
+        if raw.cat in _WANTED and raw.ph in ("X", "i"):
+            begin = raw.ts * 1e-6
+            yield Event(raw.name, raw.cat, begin, begin + raw.dur * 1e-6, raw.tid, raw.args)
