@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -70,6 +69,9 @@ def trace(function: Function, inputs: Sequence[Tensor], name: str) -> Traced:
         StageError: where the function depends on values of its inputs, draws by something else
             than dropout, or cannot be differentiated twice.
     """
+    # Here, since it brings the whole code generator with it: seconds that only compiling needs.
+    from torch._inductor.decomposition import select_decomp_table
+
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # Each input is a tensor of its own here, even where the caller passes one twice: the tracer
     # tells inputs apart by identity.
