@@ -67,13 +67,14 @@ class Grid:
         try:
             with ThreadPoolExecutor(self.jobs) as pool, self._stopping(pool):
                 # Methods that are tuned hand their final runs to the same workers.
-                pending: set[Future] = {
+                pending: list[Future] = [
                     pool.submit(self._tune, method, progress) for method in self.methods
-                }
+                ]
                 while pending:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    more = [run for future in done for run in self._next(future)]
-                    pending |= {pool.submit(self._run, run, progress) for run in more}
+                    done, _ = wait(pending, return_when=FIRST_COMPLETED)
+                    more = [run for f in pending if f in done for run in self._next(f)]
+                    pending = [f for f in pending if f not in done]
+                    pending += [pool.submit(self._run, run, progress) for run in more]
         finally:
             lock.release()
 
