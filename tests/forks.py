@@ -18,6 +18,9 @@ from ranks import ENVIRONMENTS, free_port
 HERE = Path(__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
 
+PATIENCE = 300.0
+"""Seconds: in a new environment DeepSpeed first compiles an extension, for a minute or two."""
+
 
 class Job:
     """Ranks that run.
@@ -48,7 +51,7 @@ class Job:
             self.processes.append(CONTEXT.Process(target=_rank, args=settings))
             self.processes[-1].start()
 
-    def codes(self, timeout: float = 120.0) -> list[int]:
+    def codes(self, timeout: float = PATIENCE) -> list[int]:
         """Wait for all ranks and return their exit codes; -9 for those that had to be killed."""
         end = time.monotonic() + timeout
         for process in self.processes:
@@ -63,7 +66,7 @@ class Job:
         """Return what all ranks have printed."""
         return "".join(log.read_text() for log in self.logs if log.exists())
 
-    def wait_for(self, words: str, timeout: float = 120.0) -> None:
+    def wait_for(self, words: str, timeout: float = PATIENCE) -> None:
         """Wait until a rank has printed some words."""
         end = time.monotonic() + timeout
         while words not in self.text():
