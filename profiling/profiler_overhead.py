@@ -10,7 +10,6 @@ free of it. Further settings of the run may follow, such as --inner.steps=5.
 """
 
 import argparse
-import csv
 import platform
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 from bench_hypergradient import commit
+from csv_rows import append_rows
 from rich.console import Console
 from rich.table import Table
 
@@ -154,16 +154,6 @@ def main() -> None:
     Console().print(table, f"a range in a round that is not recorded: {off:.0f} ns")
     if known.output:
         append_rows(known.output, rows)
-
-
-def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    """Append rows to a CSV file, with a header where it is new."""
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ predicted one. 1 is an answer in full; what is missing is what the next outer st
 """
 
 import argparse
-import csv
 import math
 import platform
 import tempfile
@@ -30,6 +29,7 @@ from pathlib import Path
 
 import torch
 from bench_hypergradient import commit
+from csv_rows import append_rows
 from rich.console import Console as Screen
 from rich.progress import track
 from rich.table import Table
@@ -249,16 +249,6 @@ def show(title: str, rows: Sequence[dict[str, object]]) -> None:
     Screen().print(table)
 
 
-def write(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Add rows to a CSV file, with a header where it is new."""
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
@@ -303,10 +293,10 @@ def main() -> None:
                 "run": command.run.name,
                 "round": bench.checkpoint.state["round"],
             }
-            write(command.output, [about | row for row in rows])
+            append_rows(command.output, [about | row for row in rows])
             if command.response:
                 path = command.output.with_stem(f"{command.output.stem}_response")
-                write(path, [about | row for row in answers])
+                append_rows(path, [about | row for row in answers])
 
 
 if __name__ == "__main__":
