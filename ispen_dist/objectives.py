@@ -9,6 +9,7 @@ samples from the independent distribution P of the inference network and ybar = 
     ssvm_plus   ssvm + [ E(x, y) - E(x, ybar) ]_+
     dvn         cross-entropy of the true score 1 - cost(ybar, y) against the predicted one,
                 s(ybar) = sigmoid(-E(x, ybar))
+    dvn_gold    mean of that and of the same at y, whose score is 1
     cd          -log softmax over {y, y_1..y_S}:  -E(x, y_k) + m cost(y_k, y),   gold first
     nce         -log softmax over {y, y_1..y_S}:  -E(x, y_k) - log P(y_k | x),   gold first
     ranking     -log sigmoid( E(x, y_j) - E(x, y_i) ), mean over pairs with a lower cost of y_i
@@ -30,9 +31,9 @@ With ssvm this is InfNet (Tu and Gimpel 2018), which departs from the paper in t
 fine-tuned once the energy is learned: it shares all of F but the last layer, learns beside it, and
 both are fine-tuned together in the rounds of `train.fine_tune`. With ssvm_plus it is InfNet+.
 
-Paths of the gradient. In ssvm, ssvm_plus, dvn, mle and the task cost theta enters through ybar and
-yhat. In the others the samples and log P are constants: differentiating NCE through its own noise
-distribution would push the probability of the gold structure down. They therefore have no
+Paths of the gradient. In ssvm, ssvm_plus, dvn, dvn_gold, mle and the task cost theta enters through
+ybar and yhat. In the others the samples and log P are constants: differentiating NCE through its
+own noise distribution would push the probability of the gold structure down. They therefore have no
 d_theta L, and an implicit part only together with a task weight; `depends_on_theta` says so
 beforehand. Where the structure is inferred by gradient descent in place of A_theta there is no
 theta at all, see `inference`.
@@ -158,6 +159,20 @@ def dvn(view: View) -> Tensor:
     return F.binary_cross_entropy_with_logits(negative_energy, score, reduction="none")
 
 
+def dvn_gold(view: View) -> Tensor:
+    """Return the mean of `dvn` at the prediction and at the gold structure, of score 1: (B,).
+
+    Gygli et al. (2017) train on gold structures too: at its own predictions alone the energy learns
+    to expect a low score everywhere, and leads to structures that deserve it.
+    """
+    score_predicted = 1.0 - task(view)
+    energy_predicted, energy_gold = view.energy(torch.stack([view.ybar, view.y]))
+    predicted = F.binary_cross_entropy_with_logits(
+        -energy_predicted, score_predicted, reduction="none"
+    )
+    return (predicted + F.softplus(energy_gold)) / 2.0
+
+
 def contrastive_divergence(view: View) -> Tensor:
     """Return the margin-rescaled contrastive loss over samples per example: (B,)."""
     structures = view.samples()
@@ -217,6 +232,7 @@ OUTER_OBJECTIVES: dict[str, OuterObjective] = {
     "ssvm": OuterObjective(ssvm, True),
     "ssvm_plus": OuterObjective(ssvm_plus, True),
     "dvn": OuterObjective(dvn, True),
+    "dvn_gold": OuterObjective(dvn_gold, True),
     "cd": OuterObjective(contrastive_divergence, False),
     "nce": OuterObjective(nce, False),
     "ranking": OuterObjective(ranking, False),

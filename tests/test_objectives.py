@@ -53,6 +53,11 @@ def test_dvn_compares_the_true_score_with_the_one_read_from_the_energy():
     torch.testing.assert_close(objectives.dvn(view()), expected)
 
 
+def test_dvn_gold_also_wants_a_score_of_one_for_the_gold():
+    at_gold = -torch.sigmoid(Y.sum(-1)).log()
+    torch.testing.assert_close(objectives.dvn_gold(view()), (objectives.dvn(view()) + at_gold) / 2)
+
+
 def test_nce_and_cd_put_the_gold_first():
     for name in ("nce", "cd"):
         gold_is_low = lambda y: 50.0 * (y - Y).abs().sum(-1)  # noqa: E731

@@ -76,7 +76,17 @@ class OuterConfig:
     steps: int = 1
     """Outer steps per round."""
     objective: Literal[
-        "ssvm", "ssvm_plus", "dvn", "cd", "nce", "ranking", "regression", "crf", "mle", "task"
+        "ssvm",
+        "ssvm_plus",
+        "dvn",
+        "dvn_gold",
+        "cd",
+        "nce",
+        "ranking",
+        "regression",
+        "crf",
+        "mle",
+        "task",
     ] = "task"
     """Outer loss, see `objectives`."""
     task_weight: float = 0.0
