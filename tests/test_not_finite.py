@@ -24,7 +24,7 @@ from ispen_dist.not_finite import (
 from ispen_dist.optim import Phase
 from ispen_dist.players import build_players, replicated
 
-RUNTIMES = ["replicas", "zero1", "zero3", "fsdp2"]
+RUNTIMES = ["replicas", pytest.param("zero1", marks=pytest.mark.thorough), "zero3", "fsdp2"]
 
 
 def rows(folder):
