@@ -13,9 +13,9 @@ class NetworkConfig:
     name: Literal["mlp", "bilstm", "transformer", "token_mlp", "pretrained", "fcn"] = "bilstm"
     """Architecture."""
     hidden_size: int = 128
-    """Width of hidden layers; per direction in a BiLSTM, of the first layer in an fcn."""
+    """Width of hidden layers; per direction in a BiLSTM, at full size in an fcn."""
     num_layers: int = 1
-    """Hidden layers, LSTM layers, transformer blocks, or layers of an fcn that halve the size."""
+    """Hidden layers, LSTM layers, transformer blocks, or blocks of an fcn that halve the size."""
     activation: Literal["relu", "gelu", "softplus", "tanh"] = "relu"
     """Hidden activation; mlp only."""
     num_heads: int = 4

@@ -13,8 +13,9 @@ from torch import nn
 from ispen_dist.config import EnergyConfig, NetworkConfig
 from ispen_dist.data.datasets import Codec, DenseTokenFeatures, TaggingCodec
 from ispen_dist.data.segmentation import SegmentationCodec
-from ispen_dist.models.convolutions import ConvolutionalEnergy, FullyConvolutional, WithImage
+from ispen_dist.models.convolutional_energy import ConvolutionalEnergy, WithImage
 from ispen_dist.models.energies import EnergyNetwork, LabelInteractionEnergy, LinearChainEnergy
+from ispen_dist.models.fully_convolutional import FullyConvolutional
 from ispen_dist.models.high_order import HighOrderEnergy
 from ispen_dist.models.mlp import MLP
 from ispen_dist.models.output_spaces import BinaryImages, LabelSets, OutputSpace, TagSequences

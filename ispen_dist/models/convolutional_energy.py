@@ -1,95 +1,16 @@
-"""Networks and an energy for images, after the deep value networks of Gygli et al. (2017).
-
-Convolutions have second derivatives in reverse mode on every device; there is no batch norm, whose
-statistics would tie the examples of a batch, and with them the ranks, together.
+"""An energy for images, after the deep value networks of Gygli et al. (2017).
 
 Shapes: B batch, C channels, H and W height and width, M interaction units, S samples.
 """
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ispen_dist.models.dropout import Dropout
 from ispen_dist.models.energies import EnergyNetwork
 from ispen_dist.models.stages import Inputs, Part, StagedNetwork, State
-
-
-class FullyConvolutional(StagedNetwork):
-    """Mask logits of an image: convolutions that halve its size, and as many that double it.
-
-    The first convolution keeps the size (5x5); its output goes beside the last one to the logits,
-    so that edges stay sharp. An odd size is rounded up on the way down and cut at the end.
-
-    Args:
-        num_channels: C of the image.
-        hidden_size: channels of the first layer; deeper ones have twice as many.
-        num_layers: how often the size is halved.
-        dropout: rate of hidden units.
-        feature_dropout: rate on the input.
-        num_masks: masks that are put out, side by side in one wide one.
-    """
-
-    def __init__(
-        self,
-        num_channels: int,
-        *,
-        hidden_size: int,
-        num_layers: int = 1,
-        dropout: float = 0.0,
-        feature_dropout: float = 0.0,
-        num_masks: int = 1,
-    ) -> None:
-        super().__init__()
-        deep = 2 * hidden_size
-        widths = [hidden_size, *[deep] * num_layers]
-        self.first = nn.Conv2d(num_channels, hidden_size, 5, padding=2)
-        self.down = nn.ModuleList(
-            nn.Conv2d(width, deep, 5, stride=2, padding=2) for width in widths[:-1]
-        )
-        # A kernel of twice the stride covers every pixel equally often.
-        self.up = nn.ModuleList(
-            nn.ConvTranspose2d(deep, width, 4, stride=2, padding=1)
-            for width in reversed(widths[:-1])
-        )
-        self.output = nn.Conv2d(2 * hidden_size, num_masks, 3, padding=1)
-        self.dropout = Dropout(dropout)
-        self.feature_dropout = Dropout(feature_dropout)
-
-    def parts(self) -> list[Part]:
-        """Return one stage per convolution.
-
-        The state is `(x, h)`: the output of the first layer for the shortcut, and hidden maps. The
-        input is `inputs["image"]` (B, C, H, W), the output logits (B, H, masks W).
-        """
-        middle = [*self.down, *self.up]
-        names = [f"down.{i}" for i in range(len(self.down))]
-        names += [f"up.{i}" for i in range(len(self.up))]
-        return [
-            Part("first", self._begin, [self.first]),
-            *(
-                Part(name, partial(_hidden, layer, self.dropout), [layer])
-                for name, layer in zip(names, middle, strict=True)
-            ),
-            Part("output", self._score, [self.output]),
-        ]
-
-    def _begin(self, inputs: Inputs) -> State:
-        x = self.dropout(F.relu(self.first(self.feature_dropout(inputs["image"]))))
-        return x, x
-
-    def _score(self, inputs: Inputs, x: Tensor, h: Tensor) -> State:
-        height, width = x.shape[-2:]
-        both = torch.cat([x, h[..., :height, :width]], dim=1)
-        masks = self.output(both)  # (B, masks, H, W)
-        return (masks.movedim(1, -2).flatten(-2),)
-
-
-def _hidden(layer: nn.Module, dropout: nn.Module, inputs: Inputs, x: Tensor, h: Tensor) -> State:
-    return x, dropout(F.relu(layer(h)))
 
 
 class WithImage(StagedNetwork):
