@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from bench_hypergradient import append_rows, commit, time_side_by_side
+from bench_hypergradient import COLUMNS, commit, time_side_by_side
 from bench_problems import TransformerSizes, build_problem
+from csv_rows import append_rows
 from rich.console import Console
 from rich.table import Table
 
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         table.add_row(row[2], row[1], row[0], f"{float(row[5]):.3f}", row[8])
     Console().print(table)
     if arguments.output:
-        append_rows(arguments.output, rows)
+        append_rows(arguments.output, [dict(zip(COLUMNS, r, strict=True)) for r in rows])
 
 
 if __name__ == "__main__":

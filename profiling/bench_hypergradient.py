@@ -14,7 +14,6 @@ been compared with float64; a wrong result of ours ends the program, one of a pe
 """
 
 import argparse
-import csv
 import platform
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from typing import TypeVar
 
 import torch
 from bench_problems import PROBLEMS, Problem, TransformerSizes, build_problem
+from csv_rows import append_rows
 from peers import PEERS
 from rich.console import Console
 from rich.table import Table
@@ -325,15 +325,6 @@ def show(title: str, result: list[list], console: Console) -> None:
     console.print(table)
 
 
-def append_rows(path: Path, result: list) -> None:
-    """Append rows to a CSV file, with a header where it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([COLUMNS, *result] if is_new else result)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -374,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = f"{problem.name}, {result[0][3]}, {arguments.threads} thread(s)"
     show(title, result, console)
     if arguments.output:
-        append_rows(arguments.output, result)
+        append_rows(arguments.output, [dict(zip(COLUMNS, r, strict=True)) for r in result])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from bench_hypergradient import append_rows
+from bench_hypergradient import COLUMNS
+from csv_rows import append_rows
 from kernel_cases import COUNTED, FULL, MADE, QUICK, TINY, Case, build_cases
 from kernel_errors import check_all
 from kernel_timings import Measured, measure, measure_limits, versions
@@ -151,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for line in lines:
         console.print(line, highlight=False, markup=False)
     if options.output:
-        append_rows(options.output, [m.row(name) for m in result])
+        rows = [dict(zip(COLUMNS, m.row(name), strict=True)) for m in result]
+        append_rows(options.output, rows)
 
 
 if __name__ == "__main__":
