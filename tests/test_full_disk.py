@@ -173,6 +173,7 @@ def test_a_folder_that_vanishes_is_not_made_again(on_error, train, tmp_path, cap
     assert not (output / "checkpoints").exists()
 
 
+@pytest.mark.thorough
 def test_all_ranks_stop_together(config, disk, tmp_path):  # noqa: F811
     """The disk is full after a few checkpoints; rank 1 does not write and must not hang."""
     flags = ["checkpoint_every=1", "keep_checkpoints=99", "max_outer_steps=400"]

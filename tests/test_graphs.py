@@ -56,6 +56,7 @@ def test_generated_code_gives_the_same_operator():
     assert_the_same_operator(operator, whole, losses)
 
 
+@pytest.mark.thorough
 def test_generated_code_of_a_block_gives_the_same_operator():
     """The stage of a transformer that has everything: attention, norms, masks and a shortcut."""
     torch.manual_seed(0)

@@ -60,6 +60,7 @@ def test_sigterm_to_the_launcher_saves_and_leaves_no_process(running, tmp_path):
     assert_saved(tmp_path / "run", "SIGTERM")
 
 
+@pytest.mark.thorough
 def test_a_rank_that_stands_still_ends_the_job(running):
     job = running("--train.hang_timeout=4", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3")
     job.send(signal.SIGSTOP, 1)

@@ -72,6 +72,7 @@ def test_two_nodes_train_to_the_end(cluster, config, tmp_path):
     assert all(r["ispen_dist"].startswith(str(run / "slurm" / "code")) for r in reports)
 
 
+@pytest.mark.thorough
 def test_the_time_limit_is_a_pause(cluster, config, tmp_path):
     run = tmp_path / "run"
     number = submit(

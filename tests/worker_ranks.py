@@ -28,6 +28,8 @@ from ispen_dist.players import Players, build_players, groups_of, replicated
 
 NUM_EXAMPLES = 9
 SOLVER = {"name": "cg", "max_steps": 12, "rtol": 1e-6, "damping": 30.0, "warm_start": False}
+DAMPING = {"fcn": 100.0}
+"""Of problems whose most negative curvature is beyond that of `SOLVER`: -52 here."""
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 CURVATURES = ("hessian", "gauss_newton")
 THETA = OptimizerConfig(learning_rate=3e-3, weight_decay=0.01, final_fraction=0.1, clip_norm=0.5)
@@ -56,6 +58,7 @@ def players_of(
 ) -> Players:
     config = problems.config_of(task, objective="ssvm", task_weight=1.0)
     settings = {**SOLVER, "name": solver_name, "curvature": curvature, "memory": memory}
+    settings["damping"] = DAMPING.get(task, SOLVER["damping"])
     solver = dataclasses.replace(config.solver, **settings)
     # Wider than the tiny problems: a layer norm of two units is too ill-conditioned for float32.
     net = dataclasses.replace(config.inference_net, hidden_size=8, embedding_size=6, num_heads=2)
@@ -168,7 +171,7 @@ def plain_solve(
         losses.theta(),
         losses.phi(),
         solver=solver,
-        damping=SOLVER["damping"],
+        damping=players.config.solver.damping,
         curvature=curvature,
     )
 
