@@ -154,9 +154,7 @@ def ssvm_plus(view: View) -> Tensor:
 
 def dvn(view: View) -> Tensor:
     """Return the deep-value-network loss per example (Gygli et al. 2017): (B,)."""
-    negative_energy = -view.energy(view.ybar.unsqueeze(0))[0]
-    score = 1.0 - task(view)
-    return F.binary_cross_entropy_with_logits(negative_energy, score, reduction="none")
+    return _score_loss(view, view.ybar.unsqueeze(0))
 
 
 def dvn_gold(view: View) -> Tensor:
@@ -165,12 +163,7 @@ def dvn_gold(view: View) -> Tensor:
     Gygli et al. (2017) train on gold structures too: at its own predictions alone the energy learns
     to expect a low score everywhere, and leads to structures that deserve it.
     """
-    score_predicted = 1.0 - task(view)
-    energy_predicted, energy_gold = view.energy(torch.stack([view.ybar, view.y]))
-    predicted = F.binary_cross_entropy_with_logits(
-        -energy_predicted, score_predicted, reduction="none"
-    )
-    return (predicted + F.softplus(energy_gold)) / 2.0
+    return _score_loss(view, torch.stack([view.ybar, view.y]))
 
 
 def contrastive_divergence(view: View) -> Tensor:
@@ -207,6 +200,13 @@ def crf(view: View) -> Tensor:
     """Return the exact negative log likelihood of the energy (Lafferty et al. 2001): (B,)."""
     assert view.gibbs_nll is not None, "Config refuses it for an energy without an exact sum"
     return view.gibbs_nll()
+
+
+def _score_loss(view: View, structures: Tensor) -> Tensor:
+    """Cross-entropy of the true score against the predicted one, mean over (S, B, ...): (B,)."""
+    score = 1.0 - view.space.cost(structures, view.y)
+    loss = F.binary_cross_entropy_with_logits(-view.energy(structures), score, reduction="none")
+    return loss.mean(0)
 
 
 def _gold_among(logits_SB: Tensor) -> Tensor:

@@ -92,21 +92,18 @@ class FullyConvolutional(StagedNetwork):
         The state is the maps of each size that the way up still needs, smallest last. The input is
         `inputs["image"]` (B, C, H, W), the output logits (B, H, masks W).
         """
-        levels = range(len(self.down))
-        down = [Part(f"down.{i}", partial(_down, self.down[i], self.dropout), [self.down[i]])
-                for i in levels]  # fmt: skip
+        down = [
+            Part(f"down.{i}", partial(_down, block, self.dropout), [block])
+            for i, block in enumerate(self.down)
+        ]
         up = [
-            Part(
-                f"up.{i}",
-                partial(_up, self.grow[i], self.up[i], self.dropout),
-                [self.grow[i], self.up[i]],
-            )
-            for i in reversed(levels)
+            Part(f"up.{i}", partial(_up, grow, block, self.dropout), [grow, block])
+            for i, (grow, block) in enumerate(zip(self.grow, self.up, strict=True))
         ]
         return [
             Part("first", self._begin, [self.first]),
             *down,
-            *up,
+            *reversed(up),
             Part("output", self._score, [self.output]),
         ]
 
