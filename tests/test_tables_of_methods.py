@@ -20,8 +20,9 @@ from ispen_dist.exits import Exit
 from ispen_dist.tables.definition import TableError, read_table, table_paths
 from ispen_dist.tables.grid import Grid
 from ispen_dist.tables.progress import TableProgress
+from ispen_dist.tables.record import FinalRun, read_record
 from ispen_dist.tables.runs import LocalRuns, Run, RunFailed
-from ispen_dist.tables.summary import FinalRun, csv_text, markdown_text, p_value, table_rows
+from ispen_dist.tables.summary import csv_text, markdown_text, p_value, table_rows
 
 ROOT = Path(__file__).parent.parent
 TABLE = {
@@ -56,7 +57,10 @@ class FakeRuns:
         read = run.settings.get("train.read_test", True)
         test = {"f1": 0.4 + run.settings["train.seed"] / 100, "threshold": 0.3} if read else {}
         run.folder.mkdir(parents=True)
-        config = {"inner": {"energy_weight": weight, "steps": 10, "batch_size": 5}}
+        config = {
+            "inner": {"energy_weight": weight, "steps": 10, "batch_size": 5},
+            "train": {"seed": run.settings["train.seed"]},
+        }
         (run.folder / "config.yaml").write_text(yaml.safe_dump(config))
         summary = {"dev": dev, "test": test, "seconds": 8.0, "rounds": 4, "train_examples": 100}
         (run.folder / "summary.json").write_text(json.dumps(summary))
@@ -154,7 +158,7 @@ def test_another_budget_or_search_in_the_same_folder_is_refused(table, tmp_path)
     assert "expected runs of budget 5, found 3" in grid.failures[0]
     table.config.write_text("data: {task: tagging}\n")
     runs = FakeRuns()
-    assert "expected runs of files" in go(table, tmp_path / "runs", runs).failures[0]
+    assert "expected runs of settings" in go(table, tmp_path / "runs", runs).failures[0]
     assert not runs.asked
 
 
@@ -163,8 +167,11 @@ def test_statistics_are_those_of_scipy_and_numpy(table):
     values = {m: draw.normal(0.4, 0.01, 6) for m in table.method_files}
     seconds = {"mle": 1.0, "nce_explicit": 1.5, "nce_implicit": 3.0}
     runs = {
-        m: [FinalRun({"f1": v}, {"f1": v + 0.1}, seconds[m]) for v in own.tolist()]
-        for m, own in values.items()
+        method: [
+            FinalRun(seed, {"f1": v}, {"f1": v + 0.1}, seconds[method], 3, "")
+            for seed, v in enumerate(own.tolist())
+        ]
+        for method, own in values.items()
     }
     rows = {row.method: row for row in table_rows(table, runs)}
     for method, own in values.items():
@@ -178,19 +185,74 @@ def test_statistics_are_those_of_scipy_and_numpy(table):
     ranked = p_value(values["nce_implicit"], values["mle"], "wilcoxon")
     assert ranked == pytest.approx(stats.wilcoxon(difference).pvalue)
     assert p_value([0.4, 0.5], [0.4, 0.5], "paired_t") == 1.0
-    assert p_value([0.4], [0.5], "paired_t") is None
+    one = {method: own[: 1 if method == "mle" else 6] for method, own in runs.items()}
+    assert [row.p_value for row in table_rows(table, one)] == [None, None, None]
+    fewer = {method: own[2:] if method == "mle" else own for method, own in runs.items()}
+    expected_of_four = stats.ttest_rel(values["nce_implicit"][2:], values["mle"][2:]).pvalue
+    assert table_rows(table, fewer)[2].p_value == pytest.approx(expected_of_four)
     assert (rows["nce_implicit"].overhead, rows["nce_implicit"].implicit_overhead) == (3.0, 2.0)
     assert (rows["nce_explicit"].overhead, rows["nce_explicit"].implicit_overhead) == (1.5, None)
     text = csv_text(table, list(rows.values())).splitlines()
     assert text[0].endswith("test_mean,test_std,dev_mean,seeds,seconds_per_epoch,overhead")
     assert text[3].endswith(",6,3.000,3.00")
-    assert f"{expected:.4f}" in markdown_text(table, list(rows.values()), [], 3, 6)
+    assert f"{expected:.4f}" in markdown_text(table, list(rows.values()), [])
 
 
 def test_an_epoch_is_as_many_inner_steps_as_read_all_examples_once(table, tmp_path):
     grid = go(table, tmp_path / "runs", FakeRuns())
     # 8 seconds for 4 rounds of 10 x 5 of 100 examples.
     assert grid.complete()["mle"][0].seconds_per_epoch == pytest.approx(4.0)
+
+
+def test_methods_of_earlier_commands_stay_while_their_settings_do(table, tmp_path):
+    def methods_after(runs, **changes):
+        grid = go(table, tmp_path / runs, FakeRuns(), **changes)
+        paths = grid.write(tmp_path / "out")
+        rows = csv.DictReader(paths[0].open())
+        return [row["method"] for row in rows], read_record(paths[3]), paths[1].read_text()
+
+    first = ["nce_implicit", "mle"]
+    assert methods_after("first", methods=first, budget=0)[0] == ["mle", "nce_implicit"]
+    everything = list(table.method_files)
+    # On another machine, whose folder of runs is empty.
+    shown, record, text = methods_after("second", methods=["nce_explicit"], budget=0, seeds=1)
+    assert shown == everything
+    assert {m: [run.seed for run in record[m]] for m in everything} == {
+        "mle": [0, 1], "nce_explicit": [0], "nce_implicit": [0, 1],
+    }  # fmt: skip
+    assert "| mle | f1 | 2 | 0 | 0.4050 +- 0.0071 | 0.4900 | - |" in text
+    # A comment changes nothing, a setting does: that method leaves the table, and keeps its runs.
+    (tmp_path / "mle.yaml").write_text("# the same\ntrain: {method: mle}\n")
+    (tmp_path / "nce_implicit.yaml").write_text("train: {method: implicit}\n")
+    shown, record, _ = methods_after("third", methods=["nce_explicit"], budget=0)
+    assert shown == ["mle", "nce_explicit"]
+    assert len(record["nce_implicit"]) == 2
+    # What is searched counts only for those that are tuned.
+    assert methods_after("fourth", methods=["mle"])[0] == ["mle", "nce_explicit"]
+    changed = TABLE | {"search": {"inner.steps": [1, 2]}, "search_of": {}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(changed))
+    table = read_table(tmp_path / "tiny.yaml", tmp_path)
+    shown, _, text = methods_after("fifth", methods=["nce_implicit"], budget=0)
+    assert shown == ["nce_explicit", "nce_implicit"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("dataset,", "data,"), "line 1: expected the columns dataset,method"),
+        (("0.400000", "high"), "line 2: expected numbers for seed"),
+        ((",0.400000,", ","), "line 2: expected numbers for seed"),
+    ],
+)
+def test_a_malformed_record_is_named_and_left_alone(table, tmp_path, change, message):
+    grid = go(table, tmp_path / "runs", FakeRuns(), budget=0)
+    path = grid.write(tmp_path / "out")[3]
+    damaged = path.read_text().replace(*change)
+    path.write_text(damaged)
+    with pytest.raises(TableError) as error:
+        grid.write(tmp_path / "out")
+    assert str(error.value).startswith(f"{path}, {message}")
+    assert path.read_text() == damaged
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ search_of:                           # in place of `search` for one method
   mle: {inner.optimizer.learning_rate: [0.001, 0.003]}
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -80,6 +82,19 @@ class TableDefinition:
         for path in (self.config, *self.method_files.values()):
             if not path.is_file():
                 raise TableError(f"table {self.name}: expected the file {path}, found none")
+
+    def settings_sum(self, method: str, budget: int) -> str:
+        """Return 12 hex digits that change with what a method is run with.
+
+        That is the settings of the task and of the method, where it is tuned its search too;
+        comments and the order of keys do not count.
+        """
+        basis = [read_yaml(path) for path in (self.config, self.method_files[method])]
+        if budget > 0:
+            space = {name: str(values) for name, values in self.spaces[method].items()}
+            basis += [space, self.metric]
+        text = json.dumps(basis, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def read_table(path: Path, method_folder: Path) -> TableDefinition:

@@ -8,7 +8,7 @@ RUNS/NAME/METHOD/seed-0/              a final run, with seed-0.log beside it
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from ispen_dist.recording.run_lock import RunLock
 from ispen_dist.tables.definition import TableDefinition, TableError
 from ispen_dist.tables.picture import draw
 from ispen_dist.tables.progress import TableProgress
+from ispen_dist.tables.record import FinalRun, current, final_run, read_record, record_text
 from ispen_dist.tables.runs import Interrupted, Run, RunFailed, Runs
-from ispen_dist.tables.summary import FinalRun, csv_text, final_run, markdown_text, table_rows
+from ispen_dist.tables.summary import csv_text, markdown_text, table_rows
 from ispen_dist.tables.tuning import Tuning
 
 
@@ -131,28 +132,42 @@ class Grid:
         """Return the final runs of the methods of which every seed is done."""
         found = {}
         for method in self.methods:
-            runs = [self._read(self._final(method, seed)) for seed in range(self.seeds)]
+            runs = [self._read(method, seed) for seed in range(self.seeds)]
             if done := [run for run in runs if run is not None]:
                 found[method] = done
         return {method: done for method, done in found.items() if len(done) == self.seeds}
 
-    @staticmethod
-    def _read(folder: Path) -> FinalRun | None:
+    def _read(self, method: str, seed: int) -> FinalRun | None:
+        folder = self._final(method, seed)
         summary = Run((), {}, folder).summary()
         if summary is None:
             return None
-        return final_run(summary, yaml.safe_load((folder / "config.yaml").read_text("utf-8")))
+        config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+        settings = self.table.settings_sum(method, self.budget)
+        return final_run(summary, config, self.budget, settings)
 
     def write(self, folder: Path) -> list[Path]:
-        """Write NAME.csv, NAME.md and NAME.png of what is complete; return the files."""
-        runs = self.complete()
-        rows = table_rows(self.table, runs)
-        missing = [method for method in self.methods if method not in runs]
-        text = markdown_text(self.table, rows, missing, self.budget, self.seeds)
-        paths = [folder / f"{self.table.name}.{suffix}" for suffix in ("csv", "md", "png")]
-        with replacing(paths[0]) as csv_file, replacing(paths[1]) as markdown_file:
-            csv_file.write_text(csv_text(self.table, rows), "utf-8")
-            markdown_file.write_text(text, "utf-8")
-        with replacing(paths[2]) as picture:
-            draw(self.table, rows).savefig(picture, format="png")
-        return paths
+        """Write NAME.csv, .md, .png and NAME_seeds.csv of what is complete; return these files.
+
+        Methods of earlier commands stay in the table while their settings are the present ones;
+        their runs stay in NAME_seeds.csv in any case, until the method is run again.
+
+        Raises:
+            TableError: where NAME_seeds.csv is malformed.
+        """
+        csv_path, markdown, picture, seeds = (
+            folder / f"{self.table.name}{end}" for end in (".csv", ".md", ".png", "_seeds.csv")
+        )
+        record = {**read_record(seeds), **self.complete()}
+        shown = current(self.table, record)
+        rows = table_rows(self.table, shown)
+        missing = [method for method in self.methods if method not in shown]
+        with ExitStack() as files:
+            for path, text in (
+                (csv_path, csv_text(self.table, rows)),
+                (markdown, markdown_text(self.table, rows, missing)),
+                (seeds, record_text(self.table, record)),
+            ):
+                files.enter_context(replacing(path)).write_text(text, "utf-8")
+            draw(self.table, rows).savefig(files.enter_context(replacing(picture)), format="png")
+        return [csv_path, markdown, picture, seeds]

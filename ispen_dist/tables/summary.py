@@ -6,12 +6,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from ispen_dist.tables.definition import TableDefinition
+from ispen_dist.tables.record import Record
 
 CSV_COLUMNS = (
     "dataset", "method", "metric", "test_mean", "test_std", "dev_mean", "seeds",
@@ -22,32 +22,17 @@ BASELINE = "mle"
 
 
 @dataclass(frozen=True)
-class FinalRun:
-    """What a table needs of one final run.
-
-    Attributes:
-        test: metrics on test.
-        dev: metrics on dev.
-        seconds_per_epoch: of training, evaluations on dev included, for as many inner steps as
-            read every training example once.
-    """
-
-    test: Mapping[str, float]
-    dev: Mapping[str, float]
-    seconds_per_epoch: float
-
-
-@dataclass(frozen=True)
 class Row:
     """One metric of one method over all seeds.
 
     Attributes:
         method: which.
         metric: which.
-        test: values on test, by seed.
+        test: values on test, in the order of seeds.
         dev_mean: mean on dev.
-        p_value: of the paired test against the reference; None for the reference itself, and where
-            too few seeds are there.
+        budget: tuning runs before.
+        p_value: of the paired test against the reference, on the seeds that both have; None for
+            the reference itself, and where those are fewer than two.
         seconds_per_epoch: median over seeds.
         overhead: to `mle`; None where the table has none.
         implicit_overhead: of an implicit method, to the explicit one of the same objective.
@@ -57,6 +42,7 @@ class Row:
     metric: str
     test: Sequence[float]
     dev_mean: float
+    budget: int
     p_value: float | None
     seconds_per_epoch: float
     overhead: float | None
@@ -73,36 +59,31 @@ class Row:
         return statistics.stdev(self.test) if len(self.test) > 1 else 0.0
 
 
-def final_run(summary: Mapping[str, Any], config: Mapping[str, Any]) -> FinalRun:
-    """Read a run's `summary.json` and `config.yaml`."""
-    inner = config["inner"]
-    rounds_per_epoch = summary["train_examples"] / (inner["steps"] * inner["batch_size"])
-    test = {name: value for name, value in summary["test"].items() if name != "threshold"}
-    seconds_per_round = summary["seconds"] / max(1, summary["rounds"])
-    return FinalRun(test, summary["dev"], seconds_per_round * rounds_per_epoch)
-
-
-def table_rows(table: TableDefinition, runs: Mapping[str, Sequence[FinalRun]]) -> list[Row]:
+def table_rows(table: TableDefinition, record: Record) -> list[Row]:
     """Return a row for every metric of every method.
 
     Args:
         table: which table.
-        runs: of the methods that are complete, by seed, in the same order for all.
+        record: the runs of the methods to show.
     """
-    seconds = {m: statistics.median(r.seconds_per_epoch for r in own) for m, own in runs.items()}
+    seconds = {m: statistics.median(r.seconds_per_epoch for r in own) for m, own in record.items()}
     rows = []
-    for method, own in runs.items():
+    for method, own in record.items():
         for metric in own[0].test:
-            test = [run.test[metric] for run in own]
-            reference = [run.test[metric] for run in runs.get(table.reference, ())]
-            compared = method != table.reference and bool(reference)
+            test = {run.seed: run.test[metric] for run in own}
+            reference = {run.seed: run.test[metric] for run in record.get(table.reference, ())}
+            both = [] if method == table.reference else sorted(test.keys() & reference.keys())
+            own_values, others = ([values[s] for s in both] for values in (test, reference))
             rows.append(
                 Row(
                     method=method,
                     metric=metric,
-                    test=test,
+                    test=list(test.values()),
                     dev_mean=statistics.mean(run.dev[metric] for run in own),
-                    p_value=p_value(test, reference, table.significance) if compared else None,
+                    budget=own[0].budget,
+                    p_value=p_value(own_values, others, table.significance)
+                    if len(both) > 1
+                    else None,
                     seconds_per_epoch=seconds[method],
                     overhead=_ratio(seconds, method, BASELINE),
                     implicit_overhead=_implicit_overhead(seconds, method),
@@ -111,14 +92,12 @@ def table_rows(table: TableDefinition, runs: Mapping[str, Sequence[FinalRun]]) -
     return rows
 
 
-def p_value(values: Sequence[float], reference: Sequence[float], test: str) -> float | None:
-    """Return the two-sided p-value of a paired test over seeds, None for fewer than two.
+def p_value(values: Sequence[float], reference: Sequence[float], test: str) -> float:
+    """Return the two-sided p-value of a paired test over at least two seeds.
 
     Departure from scipy: values that equal the reference seed by seed give 1, where its t-test has
     0/0; they are no evidence of a difference.
     """
-    if len(values) < 2:
-        return None
     if np.array_equal(values, reference):
         return 1.0
     if test == "wilcoxon":
@@ -149,39 +128,38 @@ def csv_text(table: TableDefinition, rows: Sequence[Row]) -> str:
     return file.getvalue()
 
 
-def markdown_text(
-    table: TableDefinition, rows: Sequence[Row], missing: Sequence[str], budget: int, seeds: int
-) -> str:
+def markdown_text(table: TableDefinition, rows: Sequence[Row], missing: Sequence[str]) -> str:
     """Return the table as Markdown, with what was done to get it.
 
     Args:
         table: which table.
         rows: of the methods that are complete.
-        missing: methods that are not.
-        budget: tuning runs of every method.
-        seeds: final runs of every method.
+        missing: methods that were asked for and are not.
     """
     name = {"paired_t": "paired t-test", "wilcoxon": "Wilcoxon signed-rank test"}
     columns = (
-        "method", "metric", "test", "dev", f"p against {table.reference}", "seconds per epoch",
-        f"to {BASELINE}", "implicit / explicit",
+        "method", "metric", "seeds", "tuning runs", "test", "dev", f"p against {table.reference}",
+        "seconds per epoch", f"to {BASELINE}", "implicit / explicit",
     )  # fmt: skip
     lines = [
         f"# {table.name}",
         "",
-        f"Seeds 0 to {seeds - 1}: mean and standard deviation. Every method had {budget} tuning "
-        f"runs, chosen by {table.metric} on dev; test was read once per seed. p: two-sided "
+        f"Mean and standard deviation over seeds. Tuning runs are chosen from by {table.metric} on "
+        "dev, none: the settings of the files; test was read once per seed. p: two-sided "
         f"{name[table.significance]} over seeds, not corrected for the number of comparisons. "
-        "Seconds per epoch are a median over seeds, evaluations on dev included.",
+        "Seconds per epoch are a median over seeds, evaluations on dev included; methods that were "
+        "run on different machines or beside other work do not compare. Every seed: "
+        f"{table.name}_seeds.csv.",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),
     ]
     for row in rows:
         cells = (
-            row.method, row.metric, f"{row.mean:.4f} +- {row.std:.4f}", f"{row.dev_mean:.4f}",
-            _significance(row.p_value), f"{row.seconds_per_epoch:.3f}",
-            _number(row.overhead, 2), _number(row.implicit_overhead, 2),
+            row.method, row.metric, str(len(row.test)), str(row.budget),
+            f"{row.mean:.4f} +- {row.std:.4f}", f"{row.dev_mean:.4f}", _significance(row.p_value),
+            f"{row.seconds_per_epoch:.3f}", _number(row.overhead, 2),
+            _number(row.implicit_overhead, 2),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     if missing:

@@ -5,7 +5,6 @@ has a sampler seeded by its number: what is asked for depends on the results so 
 study that was interrupted goes on as if it had not been. Test is not read.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,11 +89,8 @@ class Tuning:
 
     def _basis(self) -> dict[str, Any]:
         """Return what must not change while a folder is used, or methods would not be equal."""
-        sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:12] for p in self.files}
-        space = {name: str(distribution) for name, distribution in self.space.items()}
-        return {
-            "budget": self.budget, "metric": self.table.metric, "files": sums, "search": space,
-        }  # fmt: skip
+        settings = self.table.settings_sum(self.method, self.budget)
+        return {"budget": self.budget, "settings": settings}
 
     def _trial(self, study: optuna.Study, number: int) -> None:
         """Run one trial unless it is told; one that was asked for but not told runs again."""
