@@ -148,7 +148,8 @@ def build_players(config: Config, codec: Codec, device: torch.device) -> Players
     inference_net = build_network(config.inference_net, codec, heads).to(device, dtype)
     energy = build_energy(config.energy, codec).to(device, dtype)
     energy.eval()
-    return Players(inference_net, energy, output_space(codec), config)
+    space = output_space(codec, config.outer.entity_weight)
+    return Players(inference_net, energy, space, config)
 
 
 def load_pretrained(players: Players) -> None:

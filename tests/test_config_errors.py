@@ -102,6 +102,9 @@ TAGGING = {
     "nce without a task cost": (
         {"outer": {"objective": "nce"}}, "outer.task_weight: expected a number above 0",
     ),
+    "entities in tags that spell none": (
+        {"outer": {"entity_weight": 3.0}}, "outer.entity_weight: expected 1 for data.spans=none",
+    ),
     "implicit without energy": (
         {"inner": {"energy_weight": 0.0}}, "inner.energy_weight: expected a number above 0",
     ),

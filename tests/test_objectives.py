@@ -9,6 +9,7 @@ import torch
 
 from ispen_dist import objectives
 from ispen_dist.models.output_spaces import LabelSets, TagSequences
+from ispen_dist.models.registry import output_space
 from ispen_dist.objectives import OUTER_OBJECTIVES
 from ispen_dist.players import build_players
 
@@ -156,11 +157,23 @@ def test_outer_training_lowers_the_energy_of_gold_below_corrupted(task, energy):
 
 
 def test_cost_is_zero_at_gold_and_one_at_its_opposite():
-    for space, y in ((LabelSets(), Y), (TagSequences(3), torch.eye(3).unsqueeze(0))):
+    for space, y in ((LabelSets(), Y), (TagSequences(3, 2, 7.0), torch.eye(3).unsqueeze(0))):
         torch.testing.assert_close(space.cost(y, y), torch.zeros(len(y)))
         torch.testing.assert_close(space.cost(torch.zeros_like(y), y), torch.ones(len(y)))
     empty = torch.zeros(1, 3)
     assert LabelSets().cost(empty, empty) == 0.0
+
+
+def test_tokens_of_entities_count_more_in_the_cost():
+    codec = dataclasses.replace(problems.tagging_codec(), tags=("O", "B-x", "I-x"), spans=True)
+    y = torch.eye(3)[torch.tensor([[0, 0, 1, 2], [0, 0, 0, 0]])]
+    ybar = torch.eye(3)[torch.tensor([[0, 0, 1, 0], [1, 0, 0, 0]])]
+    cost = output_space(codec, 5.0).cost(ybar, y)
+    torch.testing.assert_close(cost, torch.tensor([5 / 12, 1 / 4]))
+    cost = output_space(codec, 1.0).cost(ybar, y)
+    torch.testing.assert_close(cost, torch.tensor([1 / 4, 1 / 4]))
+    plain = dataclasses.replace(codec, spans=False)
+    torch.testing.assert_close(output_space(plain, 5.0).cost(ybar, y), cost)
 
 
 def test_samples_follow_the_distribution_and_respect_padding():

@@ -91,6 +91,9 @@ class OuterConfig:
     """Outer loss, see `objectives`."""
     task_weight: float = 0.0
     """Weight of the task cost added to the objective."""
+    entity_weight: float = 1.0
+    """Tagging with data.spans=bio: weight of a token of an entity in every cost, to that of one
+    outside. With 1 the cost is the share of wrong tags, which says little of the F1 of entities."""
     margin_scale: float = 1.0
     """Scale of the cost inside ssvm, ssvm_plus and cd, and in cost-augmented inference."""
     num_samples: int = 16
@@ -109,6 +112,7 @@ class OuterConfig:
             batch_size=(1, ANY),
             steps=(1, ANY),
             task_weight=(0.0, ANY),
+            entity_weight=(1.0, ANY),
             margin_scale=(0.0, ANY),
             num_samples=(1, ANY),
             held_out_fraction=(0.0, 0.9),

@@ -145,8 +145,15 @@ class Config:
             check(value == expected, setting, f"{shown} {where}", value, hint)
 
     def _check_objective(self) -> None:
-        """Check that the outer loss has the energy and the structures that it reads."""
+        """Check that the outer loss has the data, energy and structures that it reads."""
         objective, inference = self.outer.objective, self.inference
+        check(
+            self.outer.entity_weight == 1.0 or self.data.spans == "bio",
+            "outer.entity_weight",
+            f"1 for data.spans={self.data.spans}",
+            self.outer.entity_weight,
+            "only tags that spell entities know which tokens are of one; set data.spans=bio",
+        )
         if objective == "crf" or inference.name == "viterbi":
             setting = "outer.objective" if objective == "crf" else "inference.name"
             check(

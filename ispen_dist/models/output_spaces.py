@@ -90,9 +90,13 @@ class TagSequences:
 
     Attributes:
         num_tags: K.
+        outside: number of the tag of tokens that are of no entity, where the tags spell entities.
+        entity_weight: of a token of an entity in the cost, to that of one outside, at least 1.
     """
 
     num_tags: int
+    outside: int | None = None
+    entity_weight: float = 1.0
 
     def relax(self, logits: Tensor, inputs: Inputs) -> Tensor:
         """Map logits (B, T, K) to tag distributions, zeros at padding."""
@@ -112,9 +116,13 @@ class TagSequences:
         return -(torch.log_softmax(logits, dim=-1) * y).sum((-1, -2))
 
     def cost(self, ybar: Tensor, y: Tensor) -> Tensor:
-        """Return the expected share of wrong tokens: (B,)."""
-        num_tokens = y.sum((-1, -2)).clamp(min=1.0)
-        return 1.0 - (ybar * y).sum((-1, -2)) / num_tokens
+        """Return the expected share of wrong tokens, by weight: (B,)."""
+        right, tokens = (ybar * y).sum(-1), y.sum(-1)
+        if self.outside is not None:
+            # y is one-hot, so a token's weight is 1 outside, and entity_weight elsewhere.
+            weight = self.entity_weight - (self.entity_weight - 1.0) * y[..., self.outside]
+            right, tokens = weight * right, weight * tokens
+        return 1.0 - right.sum(-1) / tokens.sum(-1).clamp(min=1.0)
 
     def sample(
         self, logits: Tensor, inputs: Inputs, num_samples: int, generator: torch.Generator

@@ -137,8 +137,14 @@ def build_energy(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
     return ENERGIES[config.name](config, codec)
 
 
-def output_space(codec: Codec) -> OutputSpace:
-    """Return the kind of structure that a codec describes."""
+def output_space(codec: Codec, entity_weight: float) -> OutputSpace:
+    """Return the kind of structure that a codec describes.
+
+    Args:
+        codec: which describes it.
+        entity_weight: of a token of an entity in the cost, where the tags spell entities.
+    """
     if isinstance(codec, TaggingCodec):
-        return TagSequences(codec.num_outputs)
+        outside = codec.tags.index("O") if codec.spans and "O" in codec.tags else None
+        return TagSequences(codec.num_outputs, outside, entity_weight)
     return BinaryImages() if isinstance(codec, SegmentationCodec) else LabelSets()
