@@ -1,6 +1,7 @@
 """Images with masks: reader, augmentation, costs and metrics against brute force, prediction."""
 
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,17 @@ from malformed import check_error
 from sklearn.metrics import jaccard_score
 
 from ispen_dist.command_line import load_config
+from ispen_dist.config import DataConfig
 from ispen_dist.data.errors import DataError
 from ispen_dist.data.images import ImageTable, read_images
 from ispen_dist.data.loading import load_splits
-from ispen_dist.data.segmentation import Augmentation, SegmentationCodec, SegmentationDataset
+from ispen_dist.data.segmentation import (
+    Augmentation,
+    SegmentationCodec,
+    SegmentationDataset,
+    _turned,
+    augmentation,
+)
 from ispen_dist.metrics import SegmentationMetrics
 from ispen_dist.models.output_spaces import BinaryImages
 from ispen_dist.players import build_players
@@ -92,11 +100,43 @@ def test_augmentation_moves_image_and_mask_together_and_by_seed_step_and_example
     )
     assert torch.equal(augment(part, 7).target, seen.target[4:])
     assert not torch.equal(augment(batch, 8).target, seen.target)
-    flips = Augmentation(seed=3, flip=True, shift=0)(batch, 7)
+    flips = Augmentation(seed=3, flip=True)(batch, 7)
     assert all(
         torch.equal(new, old) or torch.equal(new, old.flip(-1))
         for new, old in zip(flips.target, batch.target, strict=True)
     )
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (9, 13), (13, 9)])
+def test_turned_by_a_quarter_image_and_mask_are_those_of_numpy(shape):
+    image = torch.rand(3, *shape, generator=torch.Generator().manual_seed(5)).double()
+    middle = [slice((size - 9) // 2, (size + 9) // 2) for size in shape]
+    square = image[:, *middle]
+    turned = _turned(image, math.pi / 2, 1.0)[:, *middle]
+    torch.testing.assert_close(turned, torch.rot90(square, -1, (1, 2)))
+    torch.testing.assert_close(_turned(image, 0.0, 1.0), image)
+    enlarged = _turned(image, 0.0, 3.0)[:, *middle]
+    torch.testing.assert_close(enlarged[:, 1::3, 1::3], square[:, 3:6, 3:6])
+
+
+def test_moved_masks_stay_masks_and_colour_leaves_them_alone():
+    batch = problems.random_segmentation_batch(6)
+    moved = Augmentation(seed=3, rotate=20.0, zoom=0.3)(batch, 7)
+    assert not torch.equal(moved.target, batch.target)
+    assert ((moved.target == 0.0) | (moved.target == 1.0)).all()
+    coloured = Augmentation(seed=3, colour=0.2)(batch, 7)
+    assert torch.equal(coloured.target, batch.target)
+    old, new = batch.inputs["image"][0, 0], coloured.inputs["image"][0, 0]
+    slope, offset = np.polyfit(old.flatten(), new.flatten(), 1)
+    torch.testing.assert_close(old * slope + offset, new)
+    assert 0.0 < abs(slope - 1.0) <= 0.2
+    assert 0.0 < abs(offset) <= 0.2
+
+
+def test_without_settings_nothing_is_augmented():
+    config = DataConfig(task="segmentation", format="npz", train=["a.npz"])
+    assert augmentation(config, 0) is None
+    assert augmentation(replace(config, zoom=0.1), 5) == Augmentation(5, zoom=0.1)
 
 
 def test_the_metric_is_that_of_the_library_and_of_the_cost():

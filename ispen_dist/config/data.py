@@ -59,13 +59,22 @@ class DataConfig:
     """Segmentation: mirror training images left and right at random."""
     shift: int = 0
     """Segmentation: shift training images by up to as many pixels each way at random."""
+    rotate: float = 0.0
+    """Segmentation: turn training images by up to as many degrees each way at random."""
+    zoom: float = 0.0
+    """Segmentation: enlarge or shrink training images at random, up to exp(zoom) times."""
+    colour: float = 0.0
+    """Segmentation: change channels of training images at random, each by up to this many of its
+    standard deviations, and its contrast by up to this share."""
 
     def __post_init__(self) -> None:
         check(bool(self.train), "data.train", "at least one file", self.train, "name a file")
         check_ranges(
             "data", self, dev_fraction=(0.0, 0.9), token_column=(0, ANY), tag_column=(0, ANY)
         )
-        check_ranges("data", self, shift=(0, ANY))
+        check_ranges(
+            "data", self, shift=(0, ANY), rotate=(0.0, 180.0), zoom=(0.0, 2.0), colour=(0.0, 1.0)
+        )
         if not self.dev and not self.split_file:
             check(
                 self.dev_fraction > 0.0,

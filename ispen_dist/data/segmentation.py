@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, H and W height and width.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -84,20 +85,27 @@ class SegmentationDataset:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Mirrored and shifted images with their masks, drawn anew in every step.
+    """Training images that are moved with their masks, and coloured, anew in every step.
 
     What is drawn depends on the seed, the step and the number of the example alone, so every number
-    of ranks trains on the same images, and a resumed run on those of an uninterrupted one.
+    of ranks trains on the same images, and a resumed run on those of an uninterrupted one. What
+    comes in from beyond an edge is mirrored; a mask stays of 0 and 1.
 
     Attributes:
         seed: of the draws.
         flip: mirror left and right with probability one half.
-        shift: largest shift in rows and columns; what comes in from beyond an edge is mirrored.
+        shift: largest shift in rows and columns.
+        rotate: largest angle, in degrees.
+        zoom: largest logarithm of a change of size.
+        colour: largest change of each standardised channel, as an offset and as a factor to 1.
     """
 
     seed: int
-    flip: bool
-    shift: int
+    flip: bool = False
+    shift: int = 0
+    rotate: float = 0.0
+    zoom: float = 0.0
+    colour: float = 0.0
 
     def __call__(self, batch: Batch, step: int) -> Batch:
         """Return the batch as it is seen in a step."""
@@ -121,11 +129,35 @@ class Augmentation:
             height, width = mask.shape
             padded = F.pad(both, (self.shift,) * 4, mode="reflect")
             both = padded[:, top : top + height, left : left + width]
-        return both[:-1], both[-1]
+        if self.rotate or self.zoom:
+            angle, zoom = draw.uniform(-1.0, 1.0, size=2) * [self.rotate, self.zoom]
+            both = _turned(both, math.radians(angle), math.exp(zoom))
+        image, mask = both[:-1], (both[-1] > 0.5).to(both.dtype)
+        if self.colour:
+            change = draw.uniform(-self.colour, self.colour, size=(2, len(image), 1, 1))
+            factor, offset = torch.from_numpy(change).to(image.dtype)
+            image = image * (1.0 + factor) + offset
+        return image, mask
+
+
+def _turned(image: Tensor, angle: float, scale: float) -> Tensor:
+    """Turn an image (C, H, W) clockwise by an angle in radians, and enlarge it by a factor.
+
+    Between pixels it is linear.
+    """
+    height, width = image.shape[-2:]
+    sine, cosine = math.sin(angle) / scale, math.cos(angle) / scale
+    # Rows and columns both go from -1 to 1 here, whatever the shape.
+    matrix = [[cosine, sine * height / width, 0.0], [-sine * width / height, cosine, 0.0]]
+    size = [1, *image.shape]
+    grid = F.affine_grid(image.new_tensor([matrix]), size, align_corners=False)
+    moved = F.grid_sample(image.unsqueeze(0), grid, padding_mode="reflection", align_corners=False)
+    return moved[0]
 
 
 def augmentation(config: DataConfig, seed: int) -> Augmentation | None:
     """Return what training images go through, None where the settings ask for nothing."""
-    if not config.flip and not config.shift:
-        return None
-    return Augmentation(seed, config.flip, config.shift)
+    changes = Augmentation(
+        seed, config.flip, config.shift, config.rotate, config.zoom, config.colour
+    )
+    return None if changes == Augmentation(seed) else changes
