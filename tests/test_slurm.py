@@ -5,13 +5,17 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from launched import send
 from slurm_cluster import Cluster, command_of, why_not
 from slurm_jobs import NUM_ROUNDS, ROOT, slurm, write_config
+
+from ispen_dist.tables.runs import Interrupted, Run, RunFailed, SlurmRuns
 
 PATIENCE = 500.0
 """Seconds to wait for what takes 20 on an idle machine."""
@@ -70,6 +74,34 @@ def test_two_nodes_train_to_the_end(cluster, config, tmp_path):
     reports = [json.loads(p.read_text()) for p in (run / "slurm").glob("nodes-*/*.report.json")]
     assert len(reports) == 2
     assert all(r["ispen_dist"].startswith(str(run / "slurm" / "code")) for r in reports)
+
+
+def test_runs_of_a_table_are_jobs_that_a_later_command_waits_for(
+    cluster, config, tmp_path, monkeypatch
+):
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    size = ["--nodes", "1", "--processes-per-node", "1", "--time", "60"]
+    first, second = (SlurmRuns(ROOT / "launcher" / "slurm.py", size, poll=0.2) for _ in range(2))
+    runs = [Run((config,), {"train.seed": seed}, tmp_path / f"seed-{seed}") for seed in (3, 4)]
+    with ThreadPoolExecutor(2) as pool:
+        stopped = [pool.submit(first, run) for run in runs]
+        cluster.wait_for(lambda: all(steps(run.folder) for run in runs), PATIENCE)
+        numbers = [Path(f"{run.folder}.job").read_text() for run in runs]
+        first.stop()
+        for future in stopped:
+            with pytest.raises(Interrupted):
+                future.result()
+        assert not any(map(cluster.is_over, numbers))
+        found = list(pool.map(second, runs))
+    assert [Path(f"{run.folder}.job").read_text() for run in runs] == numbers
+    assert [summary["rounds"] for summary in found] == [NUM_ROUNDS] * 2
+    seeds = [yaml.safe_load((r.folder / "config.yaml").read_text())["train"]["seed"] for r in runs]
+    assert seeds == [3, 4]
+    unsettled = Run((config,), {"inner.steps": -1}, tmp_path / "unsettled")
+    with pytest.raises(RunFailed, match=r"exit code 2; log: .*unsettled\.log"):
+        second(unsettled)
+    assert "inner.steps: expected" in unsettled.log.read_text()
 
 
 @pytest.mark.thorough
