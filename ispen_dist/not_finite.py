@@ -106,7 +106,8 @@ class NotFiniteWatch:
 
     Args:
         config: says what to do.
-        describe: returns, in words and on all ranks alike, where a step was not finite.
+        describe: returns, in words and on all ranks alike, where a step was not finite: of a round
+            counted from 1, a kind, and a number within the round counted from 0.
         report: shows a line.
 
     Attributes:
@@ -116,7 +117,7 @@ class NotFiniteWatch:
     def __init__(
         self,
         config: TrainConfig,
-        describe: Callable[[str, int], str],
+        describe: Callable[[int, str, int], str],
         report: Callable[[str], None],
     ) -> None:
         self._config, self._describe, self._report = config, describe, report
@@ -149,7 +150,7 @@ class NotFiniteWatch:
             # Of several the first: it is where the trouble began.
             more = f" and {len(found) - 1} others" if len(found) > 1 else ""
             kind, step = found[0]
-            where = self._describe(kind, step)
+            where = self._describe(round, kind, step)
             what = f"round {round}: left out {kind} step {step + 1}{more}, not finite: {where}"
         self.record.follow(self._config, what)
         if what:

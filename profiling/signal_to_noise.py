@@ -102,7 +102,7 @@ class Bench:
             trainer = Trainer(config, self.splits, self._session, folder)
             trainer.restore(self.checkpoint)
             if case is not None:
-                trainer.outer_step.record.damping = case.damping
+                trainer.rounds.outer_step.record.damping = case.damping
             yield trainer
 
     def source(self, dataset: Dataset, batch_size: int) -> Source:
@@ -133,7 +133,9 @@ def hypergradients(
         for r in range(repeats):
             outer_batch = outer.batch(r)
             inner_batch = outer_batch if inner is outer else inner.batch(r)
-            solves.append(trainer.outer_step.hypergradient(inner_batch, outer_batch, FIRST + r))
+            solves.append(
+                trainer.rounds.outer_step.hypergradient(inner_batch, outer_batch, FIRST + r)
+            )
     usable = [s for s in solves if s.status.usable]
     if len(usable) < 2:
         return {}, solves
@@ -199,7 +201,7 @@ def response(bench: Bench, num_steps: Sequence[int], batch_size: int) -> list[di
     with bench.trainer() as trainer:  # at the damping of its checkpoint
         batch = bench.source(bench.splits.train, batch_size).batch(0)
         with twice_differentiable():
-            solve = trainer.outer_step.hypergradient(batch, batch, FIRST)
+            solve = trainer.rounds.outer_step.hypergradient(batch, batch, FIRST)
     if not solve.status.usable:
         raise SystemExit(f"the solve has no usable answer: {solve.status.value}")
     size = trees.norm(solve.implicit).item()
@@ -228,9 +230,8 @@ def _losses_after(
         for k in range(max(num_steps)):
             seed_step(seed, "inner", first + k, 0)
             weight = bench.config.inner.energy_weight
-            inner_step(
-                trainer.players, trainer.engines, trainer.inner_source.batch(first + k), weight
-            )
+            seen = trainer.rounds.inner_source.batch(first + k)
+            inner_step(trainer.players, trainer.engines, seen, weight)
             if k + 1 in num_steps:
                 seed_step(seed, "solve", FIRST, 0)
                 generator = step_generator(seed, "samples", FIRST, 0, batch.weight.device)

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forks import Job
@@ -38,16 +39,22 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def train(config, monkeypatch):  # noqa: F811
     """A function that trains in this process, with something happening before given rounds."""
-    original = Trainer.train_round
+    original = Trainer.run
 
     def trained(output: Path, *flags: str, events: Events | None = None) -> int:
-        def train_round(self: Trainer) -> dict[str, float]:
-            if events and self.round in events:
-                self.saver.wait()
-                events[self.round]()
+        def run(self: Trainer) -> dict[str, Any]:
+            take = self.rounds.take
+
+            def take_after_event(number: int) -> dict[str, float]:
+                if events and number in events:
+                    self.saver.wait()
+                    events[number]()
+                return take(number)
+
+            monkeypatch.setattr(self.rounds, "take", take_after_event)
             return original(self)
 
-        monkeypatch.setattr(Trainer, "train_round", train_round)
+        monkeypatch.setattr(Trainer, "run", run)
         arguments = ["--config", str(config), "--output", str(output), "--train.checkpoint_every=1"]
         monkeypatch.setattr(sys, "argv", [str(TRAIN), *arguments, *flags])
         with pytest.raises(SystemExit) as end:

@@ -86,7 +86,7 @@ def take_rounds(trainer, until=None):
     """Train without records up to a round, and return the figures of every round."""
     rows = []
     while trainer.round < (until or trainer.num_rounds):
-        rows.append(trainer.train_round())
+        rows.append(trainer.rounds.take(trainer.round))
         trainer.round += 1
     return rows
 

@@ -33,6 +33,7 @@ LAYERS = [
     ["plan", "predictor", "prediction_files", "distributed"],
     ["source"],
     ["recording"],
+    ["rounds"],
     ["trainer"],
     ["tables"],
 ]
