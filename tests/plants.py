@@ -7,16 +7,16 @@ import torch
 
 def _in_round(number: int):
     """Whether a trainer is in a round (from 0), as a function without arguments."""
-    from ispen_dist.trainer import Trainer
+    from ispen_dist.rounds import Rounds
 
     now = {"round": -1}
-    train_round = Trainer.train_round
+    take = Rounds.take
 
-    def counted(self):
-        now["round"] = self.round
-        return train_round(self)
+    def counted(self, number):
+        now["round"] = number
+        return take(self, number)
 
-    Trainer.train_round = counted
+    Rounds.take = counted
     return lambda: now["round"] == number
 
 
@@ -95,16 +95,16 @@ def _spoil_products(when) -> None:
 
 def error_in_round() -> None:
     """Round 4 raises, as where memory runs out."""
-    from ispen_dist.trainer import Trainer
+    from ispen_dist.rounds import Rounds
 
-    train_round = Trainer.train_round
+    take = Rounds.take
 
-    def failing(self):
-        if self.round == 3:
+    def failing(self, number):
+        if number == 3:
             raise RuntimeError("planted: out of memory")
-        return train_round(self)
+        return take(self, number)
 
-    Trainer.train_round = failing
+    Rounds.take = failing
 
 
 def no_file() -> None:
