@@ -3,8 +3,8 @@
 First-order steps go through an engine: its forward pass, a backward pass that ends in it, its
 reduction and its optimizer. Second-order work, and the network as the other player sees it, use
 `network`, `layout` and `parameters` instead: a plain definition without hooks, fed stage by stage
-from own parts. The result comes back through `apply`. This file has the engine of replicas; those
-of DeepSpeed and FSDP2 are in `ispen_dist.distributed.engines`.
+from own parts. The result comes back through `apply`. The engine of replicas is in `replicas.py`,
+those of DeepSpeed and FSDP2 are in `ispen_dist.distributed`.
 """
 
 from abc import ABC, abstractmethod
@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from ispen_dist.graphs.compiler import Compiler
 from ispen_dist.graphs.passes import CompiledPasses
-from ispen_dist.linalg.layout import Layout, Replicas
-from ispen_dist.linalg.reduction import Reduction
+from ispen_dist.linalg.layout import Layout
 from ispen_dist.linalg.staged import StagedFunction
-from ispen_dist.linalg.trees import Tree, detached, scaled
+from ispen_dist.linalg.trees import Tree, detached
 from ispen_dist.models.stages import Inputs, stages_at
-from ispen_dist.optim import ADAM_EPSILON, BETA2, CLIP_EPSILON, Phase
+from ispen_dist.optim import ADAM_EPSILON, BETA2, Phase
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """State of AdamW beside its step, which is the number of steps taken in the phase."""
@@ -203,157 +202,6 @@ class Engine(ABC):
         return [n for group, names in groups if group in self.phase.groups for n in names]
 
 
-def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
-    """Return what a gradient of the given norm is multiplied with; 1 where clipping is off."""
-    if clip_norm <= 0.0:
-        return torch.ones_like(norm)
-    return torch.clamp(clip_norm / (norm + CLIP_EPSILON), max=1.0)
-
-
-def checked_norm(norm: Tensor, terms: Sequence[Tensor]) -> Tensor:
-    """Return the norm of a gradient, NaN where a term of its loss is not finite."""
-    return torch.where(torch.isfinite(torch.stack([norm, *terms])).all(), norm, torch.nan)
-
-
-def found_inf(norm: Tensor) -> Tensor:
-    """Return what a fused optimizer reads: 1 where it shall leave everything as it is."""
-    return (~torch.isfinite(norm)).to(torch.float32)
-
-
-class ReplicatedEngine(Engine):
-    """Every rank holds all parameters; gradients are all-reduced with counts, in one collective.
-
-    Args:
-        network: the network itself.
-        groups: parameter names by group.
-        reduction: sums over ranks.
-        autocast: type of first-order matrix products, or None for that of the parameters.
-    """
-
-    replicated = True
-
-    def __init__(
-        self,
-        network: nn.Module,
-        groups: Groups,
-        reduction: Reduction,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(network, Replicas(reduction), groups)
-        self._autocast = autocast
-        self._parameters: Tree = dict(network.named_parameters())
-        self._adamw = torch.optim.AdamW(
-            [{"params": [self._parameters[n] for n in names]} for names in groups.values()],
-            fused=True,
-        )
-
-    def parameters(self, names: Iterable[str] | None = None) -> Tree:
-        """Return the parameters themselves."""
-        return {n: self._parameters[n] for n in (self._parameters if names is None else names)}
-
-    def forward(self, inputs: Inputs) -> Tensor:
-        """Run the network; under autocast its output is cast back."""
-        self.network.train()
-        if self._autocast is None:
-            return self.network(inputs)
-        device = next(iter(self._parameters.values()))
-        with torch.autocast(device.device.type, self._autocast):
-            output = self.network(inputs)
-        return output.to(device.dtype)
-
-    def step(
-        self, total: Tensor, also: Sequence[Tensor], count: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
-        """See `Engine.step`."""
-        trained = self.trained()
-        own = torch.autograd.grad(total, list(trained.values()))
-        return self.step_along(dict(zip(trained, own, strict=True)), also, count)
-
-    def step_along(
-        self, own: Tree, also: Sequence[Tensor], count: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
-        """See `Engine.step`, with the gradient of the rank's sum in place of the loss."""
-        sums = self.layout.reduction.sum([*own.values(), *(s.detach() for s in also), count])
-        global_count = sums.pop()
-        gradient = dict(zip(own, sums, strict=False))
-        means = [s / global_count for s in sums[len(own) :]]
-        return means, self._update(scaled(gradient, 1.0 / global_count), means)
-
-    def trained(self) -> Tree:
-        """Return the parameters that the present phase trains."""
-        return {name: self._parameters[name] for name in self.trained_names}
-
-    @property
-    def adamw_settings(self) -> dict[str, float]:
-        """Settings of the optimizer's kernel in the present phase, but for the learning rate."""
-        group = self._adamw.param_groups[0]
-        beta1, beta2 = group["betas"]
-        decay = self.phase.config.weight_decay
-        return {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": decay}
-
-    def state(self) -> list[Tensor]:
-        """Return the trained parameters and both moments of each, as constants."""
-        trained = self.trained()
-        if self.num_taken == 0:
-            zeros = {name: torch.zeros_like(p) for name, p in trained.items()}
-            self.load_moments({slot: zeros for slot in MOMENTS}, 0)
-        moments = (self._adamw.state[p][slot] for slot in MOMENTS for p in trained.values())
-        return [*(p.detach() for p in trained.values()), *moments]
-
-    @torch.no_grad()
-    def accept(self, state: Sequence[Tensor], num_steps: int) -> None:
-        """Take over what `state` has become after a number of steps."""
-        torch._foreach_copy_(self.state(), list(state))
-        self.num_taken += num_steps
-        for p in self.trained().values():
-            self._adamw.state[p]["step"].fill_(self.num_taken)
-
-    def apply(self, gradient: Tree, inputs: Inputs) -> None:
-        """See `Engine.apply`."""
-        self._update(gradient)
-
-    def _update(self, gradient: Tree, terms: Sequence[Tensor] = ()) -> Tensor:
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradient.values()))))
-        norm = checked_norm(norm, terms)
-        gradient = scaled(gradient, clip_factor(norm, self.phase.config.clip_norm))
-        self._prepare(self._adamw.param_groups)
-        for name, part in gradient.items():
-            # The fused kernel reads a gradient in the order of memory, whatever its strides.
-            self._parameters[name].grad = part.contiguous()
-        step_unless(self._adamw, found_inf(norm))
-        self.num_taken += 1
-        return norm
-
-    @torch.no_grad()
-    def load(self, parameters: Tree) -> None:
-        """See `Engine.load`."""
-        copy_into(self._parameters, parameters)
-
-    def moments(self) -> dict[str, Tree]:
-        """See `Engine.moments`."""
-        return torch_moments(self._adamw, self._parameters, self.num_taken)
-
-    @torch.no_grad()
-    def load_moments(self, moments: Mapping[str, Tree], num_taken: int) -> None:
-        """See `Engine.load_moments`."""
-        load_torch_moments(self._adamw, self._parameters, moments, num_taken)
-        self.num_taken = num_taken
-
-    def _forget(self) -> None:
-        self._adamw.state.clear()
-
-
-def step_unless(optimizer: torch.optim.Optimizer, found: Tensor) -> None:
-    """Step a fused optimizer, unless the device finds a 1 in `found`, and forget the gradients."""
-    taken = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    optimizer.found_inf = found  # type: ignore[attr-defined]
-    optimizer.step()
-    # It takes a skipped step back in its count; here the count is a function of the round.
-    counts = [optimizer.state[p]["step"] for p in taken]
-    torch._foreach_add_(counts, [found.to(counts[0].device)] * len(counts))
-    optimizer.zero_grad()
-
-
 def copy_into(targets: Tree, values: Tree) -> None:
     """Copy values into tensors of the same names.
 
@@ -370,39 +218,6 @@ def copy_into(targets: Tree, values: Tree) -> None:
             )
     for name, target in targets.items():
         target.copy_(values[name])
-
-
-def torch_moments(
-    optimizer: torch.optim.Optimizer, parameters: Tree, num_taken: int
-) -> dict[str, Tree]:
-    """Return `MOMENTS` of a torch optimizer by parameter name; empty before the first step."""
-    if num_taken == 0:
-        return {}
-    state = optimizer.state
-    return {
-        slot: {name: state[p][slot] for name, p in parameters.items() if p in state}
-        for slot in MOMENTS
-    }
-
-
-def load_torch_moments(
-    optimizer: torch.optim.Optimizer,
-    parameters: Tree,
-    moments: Mapping[str, Tree],
-    num_taken: int,
-) -> None:
-    """Set `MOMENTS` and the step of a torch optimizer; it gets copies."""
-    optimizer.state.clear()
-    for name in next(iter(moments.values()), {}):
-        parameter = parameters[name]
-        state = {"step": torch.tensor(float(num_taken), dtype=torch.float32)}
-        if optimizer.param_groups[0].get("fused"):
-            state["step"] = state["step"].to(parameter.device)
-        for slot in MOMENTS:
-            value = torch.zeros_like(parameter)
-            copy_into({name: value}, {name: moments[slot][name]})
-            state[slot] = value
-        optimizer.state[parameter] = state
 
 
 @dataclass(frozen=True)

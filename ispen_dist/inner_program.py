@@ -22,13 +22,7 @@ from torch import Tensor
 
 from ispen_dist import ranges
 from ispen_dist.data.batch import Batch
-from ispen_dist.engine import (
-    Engines,
-    ReplicatedEngine,
-    checked_norm,
-    clip_factor,
-    found_inf,
-)
+from ispen_dist.engine import Engines
 from ispen_dist.graphs.compiler import CompiledGraph, Compiler, spec_of
 from ispen_dist.graphs.phases import outputs_of
 from ispen_dist.graphs.program import Program
@@ -45,7 +39,9 @@ from ispen_dist.inner import Statistics
 from ispen_dist.linalg.staged import StagedFunction
 from ispen_dist.linalg.stages import State, grad, materialised
 from ispen_dist.objectives import inner_terms, mle
+from ispen_dist.optim import checked_norm, clip_factor, found_inf
 from ispen_dist.players import LOCAL, Players, is_local
+from ispen_dist.replicas import ReplicatedEngine
 
 
 class InnerProgram:

@@ -1,7 +1,11 @@
-"""What the AdamW of every engine does alike: phases, the schedule, clipping."""
+"""What the AdamW of every engine does alike: phases, the schedule, clipping, steps left out."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from ispen_dist.config import OptimizerConfig
 
@@ -38,3 +42,31 @@ class Phase:
         cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
         final = config.final_fraction
         return config.learning_rate * (final + (1.0 - final) * cosine)
+
+
+def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
+    """Return what a gradient of the given norm is multiplied with; 1 where clipping is off."""
+    if clip_norm <= 0.0:
+        return torch.ones_like(norm)
+    return torch.clamp(clip_norm / (norm + CLIP_EPSILON), max=1.0)
+
+
+def checked_norm(norm: Tensor, terms: Sequence[Tensor]) -> Tensor:
+    """Return the norm of a gradient, NaN where a term of its loss is not finite."""
+    return torch.where(torch.isfinite(torch.stack([norm, *terms])).all(), norm, torch.nan)
+
+
+def found_inf(norm: Tensor) -> Tensor:
+    """Return what a fused optimizer reads: 1 where it shall leave everything as it is."""
+    return (~torch.isfinite(norm)).to(torch.float32)
+
+
+def step_unless(optimizer: torch.optim.Optimizer, found: Tensor) -> None:
+    """Step a fused optimizer, unless the device finds a 1 in `found`, and forget the gradients."""
+    taken = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    optimizer.found_inf = found  # type: ignore[attr-defined]
+    optimizer.step()
+    # It takes a skipped step back in its count; here the count is a function of the round.
+    counts = [optimizer.state[p]["step"] for p in taken]
+    torch._foreach_add_(counts, [found.to(counts[0].device)] * len(counts))
+    optimizer.zero_grad()

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from ispen_dist.config import Config
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Codec
-from ispen_dist.engine import Engines, ReplicatedEngine
+from ispen_dist.engine import Engines
 from ispen_dist.linalg.reduction import OneProcess, Reduction
 from ispen_dist.linalg.trees import Tree
 from ispen_dist.models.energies import EnergyNetwork
@@ -17,6 +17,7 @@ from ispen_dist.models.output_spaces import Inputs, OutputSpace
 from ispen_dist.models.pretrained import PretrainedTagger
 from ispen_dist.models.registry import build_energy, build_network, output_space
 from ispen_dist.objectives import Energy, View
+from ispen_dist.replicas import ReplicatedEngine
 
 
 @dataclass(frozen=True)

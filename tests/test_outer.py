@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from ispen_dist.config import OptimizerConfig
-from ispen_dist.engine import clip_factor
 from ispen_dist.graphs.compiler import Compiler
 from ispen_dist.inner import inner_step
 from ispen_dist.linalg.operators import HessianOperator
 from ispen_dist.linalg.solvers import SOLVERS
-from ispen_dist.optim import Phase
+from ispen_dist.optim import Phase, clip_factor
 from ispen_dist.outer import OuterStep, SolveFailed, SolverRecord
 from ispen_dist.players import build_players, replicated
 

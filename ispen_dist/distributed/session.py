@@ -1,5 +1,6 @@
 """One process of a run: its rank, its device, its engines, and how it stays in step with others."""
 
+import copy
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -13,17 +14,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from ispen_dist import ranges
-from ispen_dist.distributed.engines import (
-    DeepSpeedEngine,
-    FullyShardedEngine,
-    shard,
-    without_hooks,
-)
+from ispen_dist.distributed.deepspeed_engine import DeepSpeedEngine
 from ispen_dist.distributed.extensions import check_extensions
 from ispen_dist.distributed.flight_record import FlightRecord, keep_collectives
+from ispen_dist.distributed.fsdp2_engine import FullyShardedEngine, shard
 from ispen_dist.distributed.ranks import Ranks
 from ispen_dist.distributed.runtime import Runtime, runtime_from
-from ispen_dist.engine import Engine, Groups, ReplicatedEngine
+from ispen_dist.engine import Engine, Groups
+from ispen_dist.replicas import ReplicatedEngine
 from ispen_dist.stopping import StopRequest
 from ispen_dist.watchdog import FIRST_TIME, Watchdog
 
@@ -203,3 +201,13 @@ def _build_whole() -> None:
     from transformers.integrations import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
+
+
+def without_hooks(network: nn.Module) -> nn.Module:
+    """Return a copy of a network whose parameters are shapes without memory."""
+    with torch.device("meta"):
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+            for p in network.parameters()
+        }
+    return copy.deepcopy(network, memo)
