@@ -4,7 +4,8 @@
 
 Tunes every method of configs/tables/NAME.yaml with the same number of runs, trains it once per
 seed with the chosen settings, reads test once per seed, and writes profiling/results/NAME.csv, .md
-and .png. Started again it goes on where it was. Exit code 1 if a run failed.
+and .png, and every seed to NAME_seeds.csv: other commands add their methods to it. Started again it
+goes on where it was. Exit code 1 if a run failed.
 """
 
 import argparse
