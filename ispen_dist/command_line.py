@@ -276,6 +276,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
         return inside[0]
     leaves = {n.rpartition(".")[2]: n for n in known}
     siblings = {n.rpartition(".")[2]: n for n in known if n.rpartition(".")[0] == section}
+    if worded := [n for leaf, n in siblings.items() if key in leaf.split("_")]:
+        return worded[0]
     for names, cutoff in ((siblings, 0.6), (leaves, 0.8), (siblings if section else {}, 0.25)):
         if near := difflib.get_close_matches(key, names, 1, cutoff):
             alike = [n for n in known if n.rpartition(".")[2] == near[0]]

@@ -344,7 +344,7 @@ def test_outer_steps_of_a_round_count_through(task_files, session, monkeypatch):
     monkeypatch.setattr(OuterStep, "__call__", lambda *at: seen.append(at[-1]) or take(*at))
     take_rounds(several)
     assert seen == list(range(6))
-    assert several.engines.energy.num_taken == several.learning.num_steps == 6
+    assert several.engines.energy.num_taken == several.rounds.learning.num_steps == 6
 
 
 @pytest.mark.thorough

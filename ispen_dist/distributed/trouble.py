@@ -1,5 +1,6 @@
 """What ranks do when one of them fails: say it once, end together, leave nobody waiting."""
 
+import contextlib
 import hashlib
 import sys
 import time
@@ -62,11 +63,13 @@ def report(session: Session, error: Exception) -> None:
         print(text, file=sys.stderr)
         return
     try:
-        if store.add(f"ispen_dist/said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1:
-            write_prefixed(text)
-        _part(session, store)
+        is_first = store.add(f"ispen_dist/said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
     except RuntimeError:  # The process with the store is gone.
+        is_first = True
+    if is_first:
         write_prefixed(text)
+    with contextlib.suppress(RuntimeError):  # As above: then there is nobody to wait for.
+        _part(session, store)
 
 
 def _part(session: Session, store: Any) -> None:
