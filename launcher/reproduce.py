@@ -26,6 +26,7 @@ from ispen_dist.exits import Exit
 from ispen_dist.tables.definition import TableDefinition, TableError, read_table, table_paths
 from ispen_dist.tables.grid import Grid
 from ispen_dist.tables.progress import TableProgress
+from ispen_dist.tables.record import read_record, record_path
 from ispen_dist.tables.runs import LocalRuns, Runs, SlurmRuns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +82,7 @@ def make_table(arguments: argparse.Namespace, console: Console) -> int:
     """Run what is missing and write the table of what is complete."""
     table = find_table(arguments)
     methods = choose_methods(table, arguments.methods)
+    read_record(record_path(arguments.output, table))  # malformed, it is told before hours of runs
     grid = Grid(
         table=table,
         methods=methods,

@@ -21,8 +21,8 @@ from ispen_dist.data.segmentation import (
     Augmentation,
     SegmentationCodec,
     SegmentationDataset,
-    _turned,
     augmentation,
+    turned,
 )
 from ispen_dist.metrics import SegmentationMetrics
 from ispen_dist.models.output_spaces import BinaryImages
@@ -112,10 +112,10 @@ def test_turned_by_a_quarter_image_and_mask_are_those_of_numpy(shape):
     image = torch.rand(3, *shape, generator=torch.Generator().manual_seed(5)).double()
     middle = [slice((size - 9) // 2, (size + 9) // 2) for size in shape]
     square = image[:, *middle]
-    turned = _turned(image, math.pi / 2, 1.0)[:, *middle]
-    torch.testing.assert_close(turned, torch.rot90(square, -1, (1, 2)))
-    torch.testing.assert_close(_turned(image, 0.0, 1.0), image)
-    enlarged = _turned(image, 0.0, 3.0)[:, *middle]
+    moved = turned(image, math.pi / 2, 1.0)[:, *middle]
+    torch.testing.assert_close(moved, torch.rot90(square, -1, (1, 2)))
+    torch.testing.assert_close(turned(image, 0.0, 1.0), image)
+    enlarged = turned(image, 0.0, 3.0)[:, *middle]
     torch.testing.assert_close(enlarged[:, 1::3, 1::3], square[:, 3:6, 3:6])
 
 

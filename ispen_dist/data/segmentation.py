@@ -131,7 +131,7 @@ class Augmentation:
             both = padded[:, top : top + height, left : left + width]
         if self.rotate or self.zoom:
             angle, zoom = draw.uniform(-1.0, 1.0, size=2) * [self.rotate, self.zoom]
-            both = _turned(both, math.radians(angle), math.exp(zoom))
+            both = turned(both, math.radians(angle), math.exp(zoom))
         image, mask = both[:-1], (both[-1] > 0.5).to(both.dtype)
         if self.colour:
             change = draw.uniform(-self.colour, self.colour, size=(2, len(image), 1, 1))
@@ -140,7 +140,7 @@ class Augmentation:
         return image, mask
 
 
-def _turned(image: Tensor, angle: float, scale: float) -> Tensor:
+def turned(image: Tensor, angle: float, scale: float) -> Tensor:
     """Turn an image (C, H, W) clockwise by an angle in radians, and enlarge it by a factor.
 
     Between pixels it is linear.

@@ -20,7 +20,15 @@ from ispen_dist.recording.run_lock import RunLock
 from ispen_dist.tables.definition import TableDefinition, TableError
 from ispen_dist.tables.picture import draw
 from ispen_dist.tables.progress import TableProgress
-from ispen_dist.tables.record import FinalRun, current, final_run, read_record, record_text
+from ispen_dist.tables.record import (
+    FinalRun,
+    current,
+    final_run,
+    merged,
+    read_record,
+    record_path,
+    record_text,
+)
 from ispen_dist.tables.runs import Interrupted, Run, RunFailed, Runs
 from ispen_dist.tables.summary import csv_text, markdown_text, table_rows
 from ispen_dist.tables.tuning import Tuning
@@ -149,16 +157,17 @@ class Grid:
     def write(self, folder: Path) -> list[Path]:
         """Write NAME.csv, .md, .png and NAME_seeds.csv of what is complete; return these files.
 
-        Methods of earlier commands stay in the table while their settings are the present ones;
-        their runs stay in NAME_seeds.csv in any case, until the method is run again.
+        Methods and seeds of earlier commands stay in the table while their settings are the present
+        ones; their runs stay in NAME_seeds.csv until the method is run with other settings.
 
         Raises:
             TableError: where NAME_seeds.csv is malformed.
         """
-        csv_path, markdown, picture, seeds = (
-            folder / f"{self.table.name}{end}" for end in (".csv", ".md", ".png", "_seeds.csv")
+        csv_path, markdown, picture = (
+            folder / f"{self.table.name}.{suffix}" for suffix in ("csv", "md", "png")
         )
-        record = {**read_record(seeds), **self.complete()}
+        seeds = record_path(folder, self.table)
+        record = merged(read_record(seeds), self.complete())
         shown = current(self.table, record)
         rows = table_rows(self.table, shown)
         missing = [method for method in self.methods if method not in shown]

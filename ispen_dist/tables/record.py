@@ -1,7 +1,8 @@
 """The final runs of a table as a file, NAME_seeds.csv: a row per metric of every run.
 
-It is what tests over seeds are computed from, and what later commands add methods to, on this
-machine or another.
+It is what tests over seeds are computed from, and what later commands add methods and seeds to, on
+this machine or another. Figures are written without rounding, so a table is the same whenever it is
+made.
 """
 
 import csv
@@ -44,6 +45,11 @@ Record = Mapping[str, Sequence[FinalRun]]
 """Final runs by method, each in the order of seeds."""
 
 
+def record_path(folder: Path, table: TableDefinition) -> Path:
+    """Return where the record of a table is, in the folder of the table."""
+    return folder / f"{table.name}_seeds.csv"
+
+
 def final_run(
     summary: Mapping[str, Any], config: Mapping[str, Any], budget: int, settings: str
 ) -> FinalRun:
@@ -72,6 +78,21 @@ def current(table: TableDefinition, record: Record) -> dict[str, Sequence[FinalR
     }
 
 
+def merged(record: Record, new: Record) -> dict[str, Sequence[FinalRun]]:
+    """Return a record with new runs in place of those of the same method, seed by seed.
+
+    Where the settings or the tuning are others, none of the method's old runs stay.
+    """
+    result = dict(record)
+    for method, runs in new.items():
+        same = {(run.settings, run.budget) for run in runs}
+        old = {run.seed: run for run in record.get(method, ())
+               if (run.settings, run.budget) in same}  # fmt: skip
+        by_seed = old | {run.seed: run for run in runs}
+        result[method] = [by_seed[seed] for seed in sorted(by_seed)]
+    return result
+
+
 def record_text(table: TableDefinition, record: Record) -> str:
     """Return the record as CSV."""
     file = io.StringIO()
@@ -79,8 +100,8 @@ def record_text(table: TableDefinition, record: Record) -> str:
     writer.writerow(COLUMNS)
     for method, runs in record.items():
         writer.writerows(
-            [table.name, method, run.seed, metric, f"{test:.6f}", f"{run.dev[metric]:.6f}",
-             f"{run.seconds_per_epoch:.3f}", run.budget, run.settings]
+            [table.name, method, run.seed, metric, test, run.dev[metric],
+             run.seconds_per_epoch, run.budget, run.settings]
             for run in runs for metric, test in run.test.items()
         )  # fmt: skip
     return file.getvalue()
@@ -112,6 +133,13 @@ def read_record(path: Path) -> dict[str, Sequence[FinalRun]]:
                     "move the file away, or repair it"
                 ) from None
     methods = dict.fromkeys(method for method, _ in found)
+    for (method, seed), run in found.items():
+        expected = next(r.test.keys() for (m, _), r in found.items() if m == method)
+        if run.test.keys() != expected:
+            raise TableError(
+                f"{path}: expected {', '.join(expected)} of {method} for every seed, found "
+                f"{', '.join(run.test)} for seed {seed}; move the file away, or repair it"
+            )
     return {
         name: [run for (method, _), run in sorted(found.items()) if method == name]
         for name in methods
