@@ -8,7 +8,7 @@ samples from the independent distribution P of the inference network and ybar = 
     ssvm        [ m cost(yhat, y) - E(x, yhat) + E(x, y) ]_+
     ssvm_plus   ssvm + [ E(x, y) - E(x, ybar) ]_+
     dvn         cross-entropy of the true score 1 - cost(ybar, y) against the predicted one,
-                s(ybar) = sigmoid(-E(x, ybar))
+                s(ybar) = sigmoid(-c E(x, ybar))
     dvn_gold    mean of that and of the same at y, whose score is 1
     cd          -log softmax over {y, y_1..y_S}:  -E(x, y_k) + m cost(y_k, y),   gold first
     nce         -log softmax over {y, y_1..y_S}:  -E(x, y_k) - log P(y_k | x),   gold first
@@ -18,7 +18,8 @@ samples from the independent distribution P of the inference network and ybar = 
     mle         L_MLE(y, ybar)
     task        cost(ybar, y)
 
-where m is the margin scale, and `task_weight * cost(ybar, y)` can be added to each.
+where m is the margin scale and c the score scale; `task_weight * cost(ybar, y)` can be added to
+each.
 
 Cost-augmented inference. yhat is ybar, unless there is a second structure, F(x), that is inferred
 to minimise E - m cost. Then the inner loss has both (Tu, Pang and Gimpel 2020, with their
@@ -70,6 +71,7 @@ class View:
         generator: draws samples.
         num_samples: S for the objectives that draw.
         margin_scale: m.
+        score_scale: c.
     """
 
     space: OutputSpace
@@ -83,6 +85,7 @@ class View:
     generator: torch.Generator | None = None
     num_samples: int = 1
     margin_scale: float = 1.0
+    score_scale: float = 1.0
 
     @property
     def ybar(self) -> Tensor:
@@ -98,6 +101,10 @@ class View:
     def total(self, loss_B: Tensor) -> SumAndCount:
         """Return the sum of a loss over the real examples, and their number."""
         return (loss_B * self.weight).sum(), self.weight.sum()
+
+    def score_logits(self, structures: Tensor) -> Tensor:
+        """Return the logits of the predicted scores of structures (S, B, ...): (S, B)."""
+        return -self.score_scale * self.energy(structures)
 
     def samples(self) -> Tensor:
         """Return {y, y_1..y_S}, gold first: constants of shape (1 + S, B, ...)."""
@@ -193,7 +200,7 @@ def regression(view: View) -> Tensor:
     """Return the squared error of the predicted score (Lee et al. 2022): (B,)."""
     structures = view.samples()
     score = 1.0 - view.space.cost(structures, view.y)
-    return (torch.sigmoid(-view.energy(structures)) - score).square().mean(0)
+    return (torch.sigmoid(view.score_logits(structures)) - score).square().mean(0)
 
 
 def crf(view: View) -> Tensor:
@@ -205,7 +212,8 @@ def crf(view: View) -> Tensor:
 def _score_loss(view: View, structures: Tensor) -> Tensor:
     """Cross-entropy of the true score against the predicted one, mean over (S, B, ...): (B,)."""
     score = 1.0 - view.space.cost(structures, view.y)
-    loss = F.binary_cross_entropy_with_logits(-view.energy(structures), score, reduction="none")
+    logits = view.score_logits(structures)
+    loss = F.binary_cross_entropy_with_logits(logits, score, reduction="none")
     return loss.mean(0)
 
 

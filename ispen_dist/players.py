@@ -99,6 +99,7 @@ class Players:
             generator=generator,
             num_samples=self.config.outer.num_samples,
             margin_scale=self.config.outer.margin_scale,
+            score_scale=self.config.outer.score_scale,
         )
 
     def energy_at(self, potentials: Tensor, head: Tree | None = None) -> Energy:

@@ -113,9 +113,13 @@ class Trainer:
             num_examples = self.rounds.num_examples(self.round)
             figures["examples_per_second"] = num_examples / (time.perf_counter() - round_begin)
             self.round += 1
-            self._record(figures)
+            is_logged = self._is_due(self.config.train.log_every)
+            if is_logged:
+                self.folder.record_round(self.round, figures)
             if self._is_due(self.config.train.eval_every):
                 self._evaluate_and_select()
+            if is_logged:
+                self.folder.show_round(self.round, figures)
             self.seconds = before + time.perf_counter() - begin
             self.saver.look()
             told = self.boundary()
@@ -169,11 +173,6 @@ class Trainer:
         if self.round <= self.schedule.select_after < self.num_rounds:
             return
         self.selection.enter(dev)
-
-    def _record(self, figures: Mapping[str, float]) -> None:
-        last = self.round == self.num_rounds
-        if last or self.round % self.config.train.log_every == 0:
-            self.folder.record_round(self.round, figures)
 
     def _finish(self, checkpoints: Mapping[str, float]) -> dict[str, Any]:
         """Restore the best networks, read test once, export, and write the summary."""

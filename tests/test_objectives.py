@@ -54,6 +54,12 @@ def test_dvn_compares_the_true_score_with_the_one_read_from_the_energy():
     torch.testing.assert_close(objectives.dvn(view()), expected)
 
 
+@pytest.mark.parametrize("name", ["dvn", "dvn_gold", "regression"])
+def test_the_score_scale_multiplies_the_energy_of_predicted_scores(name):
+    half = OUTER_OBJECTIVES[name].loss(view(lambda y: -0.5 * y.sum(-1)))
+    torch.testing.assert_close(OUTER_OBJECTIVES[name].loss(view(score_scale=0.5)), half)
+
+
 def test_dvn_gold_also_wants_a_score_of_one_for_the_gold():
     at_gold = -torch.sigmoid(Y.sum(-1)).log()
     torch.testing.assert_close(objectives.dvn_gold(view()), (objectives.dvn(view()) + at_gold) / 2)

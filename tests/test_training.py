@@ -1,6 +1,7 @@
 """The main job end to end on tiny data: files it leaves, resume, ranks, errors."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -17,6 +18,7 @@ from tags import WORDS, config  # noqa: F401
 
 from ispen_dist.checkpoint import load_checkpoint, save_checkpoint
 from ispen_dist.predictor import ModelError, Predictor
+from ispen_dist.recording.console import compact
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,10 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     }
     assert wanted <= outer[0].keys()
     assert any(row["implicit_norm"] > 0 for row in outer)
+    # The line of a round has the evaluation after it, not the one before.
+    shown = re.findall(r"^step (\d+)/6 .* dev accuracy (\S+)", done.stdout, re.MULTILINE)
+    dev = {row["step"]: row["accuracy"] for row in rows if row["phase"] == "dev"}
+    assert shown[-1] == ("6", compact(dev[6]))
 
 
 def test_the_model_loads_and_repeats_its_figures(finished):

@@ -118,10 +118,14 @@ class RunFolder:
 
     @ranges.marked("records")
     def record_round(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write the figures of a round everywhere."""
+        """Write the figures of a round."""
+        if self._is_main:
+            self._record(step, "train", figures)
+
+    def show_round(self, step: int, figures: Mapping[str, float]) -> None:
+        """Show the figures of a round, with those of the last evaluation on dev."""
         if not self._is_main:
             return
-        self._record(step, "train", figures)
         shown = {name: figures[key] for name, key in _SHOWN.items() if key in figures}
         if not figures.get("not_finite"):
             shown.pop("not finite", None)
