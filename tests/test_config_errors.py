@@ -82,6 +82,9 @@ TAGGING = {
         {"inference_net": {"name": "transformer", "num_heads": 3}},
         "inference_net.num_heads: expected a divisor of inference_net.hidden_size=128, got 3",
     ),
+    "scores that read nothing": (
+        {"outer": {"score_scale": 0.0}}, "outer.score_scale: expected at least 1e-30, got 0.0",
+    ),
     "nested network": (
         {"energy": {"features": {"dropout": -0.5}}},
         "energy.features.dropout: expected a number in [0, 0.99], got -0.5",

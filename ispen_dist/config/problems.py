@@ -98,8 +98,8 @@ class OuterConfig:
     """Scale of the cost inside ssvm, ssvm_plus and cd, and in cost-augmented inference."""
     score_scale: float = 1.0
     """Scale of the energy inside dvn, dvn_gold and regression, whose predicted score is
-    sigmoid(-score_scale * E). Potentials that were learned by likelihood want one well below 1: an
-    energy of -5 is a prediction they are sure of, while its score, such as an F1, may be 0.4."""
+    sigmoid(-score_scale * E); 1 in the papers. Potentials learned by likelihood want less:
+    an energy of -5 is a prediction they are sure of, while its score, such as an F1, may be 0.4."""
     num_samples: int = 16
     """Samples per example in cd, nce, ranking and regression."""
     dropout: bool = True
@@ -118,7 +118,7 @@ class OuterConfig:
             task_weight=(0.0, ANY),
             entity_weight=(1.0, ANY),
             margin_scale=(0.0, ANY),
-            score_scale=(0.0, ANY),
+            score_scale=(1e-30, ANY),
             num_samples=(1, ANY),
             held_out_fraction=(0.0, 0.9),
         )

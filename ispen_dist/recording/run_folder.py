@@ -122,6 +122,7 @@ class RunFolder:
         if self._is_main:
             self._record(step, "train", figures)
 
+    @ranges.marked("records")
     def show_round(self, step: int, figures: Mapping[str, float]) -> None:
         """Show the figures of a round, with those of the last evaluation on dev."""
         if not self._is_main:
