@@ -16,6 +16,7 @@ energy; `predict` collects them.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from ispen_dist.linalg.trees import Tree
 from ispen_dist.models.output_spaces import Inputs
 from ispen_dist.objectives import OUTER_OBJECTIVES, View
 from ispen_dist.players import LOCAL, Players, is_local
+from ispen_dist.views import averaged
 
 CERTAIN = 100.0
 """Logit of a tag that was decided exactly; those of all others are 0."""
@@ -37,6 +39,10 @@ def predict(players: Players, engines: Engines, inputs: Inputs) -> Tensor:
 
     Every rank calls it: parameters may be sharded.
     """
+    return averaged(partial(_predict, players, engines), players.config.inference)(inputs)
+
+
+def _predict(players: Players, engines: Engines, inputs: Inputs) -> Tensor:
     if players.config.inference.by_network:
         logits = engines.inference_net.staged(inputs, keep_states=False).value()
         return logits.chunk(players.config.inference.num_heads, dim=-1)[0]

@@ -1,6 +1,6 @@
 """How a structure is predicted from the networks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ispen_dist.config.checks import ANY, check, check_ranges
@@ -29,6 +29,11 @@ class InferenceConfig:
     """Share of the last step that is added to the next."""
     start: Literal["zeros", "potentials"] = "zeros"
     """Logits before the first step: zeros, or the local potentials of the energy."""
+    view_shifts: list[int] = field(default_factory=lambda: [0])
+    """Segmentation: average the predicted mask over the image moved by each of these numbers of
+    pixels down and by each to the right, -2, 0 and 2 for nine views. 0 is one of them."""
+    view_mirrored: bool = False
+    """Segmentation: average over its mirror image, moved in the same ways, besides."""
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -48,6 +53,18 @@ class InferenceConfig:
             self.cost_augmented,
             "use gradient_descent",
         )
+        check(
+            0 in self.view_shifts and len(set(self.view_shifts)) == len(self.view_shifts),
+            "inference.view_shifts",
+            "different whole numbers, one of them 0",
+            self.view_shifts,
+            "every pixel has to be in some view",
+        )
+
+    @property
+    def averages_views(self) -> bool:
+        """Whether the predicted mask is that of more than the image as it is."""
+        return self.view_mirrored or len(self.view_shifts) > 1
 
     @property
     def by_network(self) -> bool:

@@ -63,6 +63,13 @@ class Config:
             self._check_by_stander()
         self._check_objective()
         check(
+            self.data.task == "segmentation" or not self.inference.averages_views,
+            "inference.view_shifts",
+            f"[0], and inference.view_mirrored=false, for data.task={self.data.task}",
+            self.inference.view_shifts,
+            "only images have views",
+        )
+        check(
             self.train.order == "alternate" or self.train.method == "explicit",
             "train.order",
             f"alternate for train.method={self.train.method}",

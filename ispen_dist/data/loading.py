@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ispen_dist.config import Config, ConfigError, DataConfig
+from ispen_dist.config.checks import check
 from ispen_dist.data.arff import read_arff
 from ispen_dist.data.conll import check_tags, read_conll, read_conllu
 from ispen_dist.data.datasets import (
@@ -248,6 +249,13 @@ def _segmentation_splits(config: Config) -> Splits:
     whole = first.concatenate(rest)
     # The scale of the channels is that of all training files, as they are named in `data.train`.
     codec = SegmentationCodec.of(whole)
+    shifts = {
+        "data.shift": config.data.shift,
+        "inference.view_shifts": max(map(abs, config.inference.view_shifts)),
+    }
+    side = min(codec.size[:2])
+    for setting, pixels in shifts.items():
+        check(pixels < side, setting, f"less than {side}, the shorter side of an image", pixels)
     return _split(config, SegmentationDataset(whole, codec), codec)
 
 
