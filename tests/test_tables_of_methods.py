@@ -32,8 +32,15 @@ TABLE = {
     "metric": "f1",
     "budget": 3,
     "seeds": 2,
-    "search": {"inner.energy_weight": {"low": 0.1, "high": 10.0, "log": True}},
-    "search_of": {"mle": {"inner.steps": [5, 10]}},
+    "search": {
+        "inner.energy_weight": {"low": 0.1, "high": 10.0, "log": True},
+        "inner.steps": [5, 10],
+    },
+    "search_of": {
+        "mle": ["inner.steps"],
+        "nce_explicit": ["inner.energy_weight"],
+        "nce_implicit": ["inner.energy_weight"],
+    },
 }
 
 
@@ -282,7 +289,11 @@ def test_a_malformed_record_is_named_and_left_alone(table, tmp_path, change, mes
             {"search": {"inner.steps": {"low": 0, "high": 1, "log": True}}},
             "low: expected a number above 0",
         ),
-        ({"search_of": {"crf": {}}}, "search_of.crf: expected one of mle"),
+        ({"search_of": []}, "search_of: expected a mapping of methods, found []"),
+        ({"search_of": {"crf": ["inner.steps"]}}, "search_of.crf: expected one of mle"),
+        ({"search_of": {"mle": []}}, "search_of.mle: expected some of the settings of search, in"),
+        ({"search_of": {"mle": ["inner.stepz"]}}, "search, inner.energy_weight, inner.steps, foun"),
+        ({"base": "no.yaml"}, "base: expected a file, found"),
     ],
 )
 def test_a_malformed_table_is_named_with_its_key(write, tmp_path, change, message):
@@ -291,6 +302,28 @@ def test_a_malformed_table_is_named_with_its_key(write, tmp_path, change, messag
         read_table(path, tmp_path)
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
+
+
+def test_a_table_has_the_keys_of_its_base_where_it_has_none(write, tmp_path):
+    shared = {"base": "first.yaml", "seeds": 4, "search_of": {"nce_explicit": ["inner.steps"]}}
+    write(yaml.safe_dump(TABLE), "first.yaml")
+    write(yaml.safe_dump(shared), "second.yaml")
+    own = {"base": "second.yaml", "budget": 0, "methods": ["nce_explicit", "mle"]}
+    table = read_table(write(yaml.safe_dump(own), "third.yaml"), tmp_path)
+    assert (table.name, table.metric, table.seeds, table.budget) == ("third", "f1", 4, 0)
+    # Settings are searched by method: the first file's for one, the second's for the other.
+    assert {m: list(space) for m, space in table.spaces.items()} == {
+        "nce_explicit": ["inner.steps"],
+        "mle": ["inner.steps"],
+    }
+    # A mistake is named in the file that has it.
+    write(yaml.safe_dump(shared | {"colour": 1}), "second.yaml")
+    with pytest.raises(TableError, match=r"second\.yaml: colour: expected one of the keys"):
+        read_table(tmp_path / "third.yaml", tmp_path)
+    write(yaml.safe_dump({"base": "second.yaml"}), "first.yaml")
+    write(yaml.safe_dump(shared), "second.yaml")
+    with pytest.raises(TableError, match=r"first\.yaml: base: expected another file"):
+        read_table(tmp_path / "third.yaml", tmp_path)
 
 
 def test_a_key_that_is_missing_or_there_twice_is_refused(write, tmp_path):

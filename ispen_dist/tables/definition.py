@@ -1,5 +1,6 @@
 """What a table compares: a file of `configs/tables/`, read and checked.
 
+base: shared/methods.yaml            # its keys count where this file has none
 config: ../bibtex.yaml               # the task, relative to this file
 methods: [mle, nce_explicit]         # files of configs/methods/
 reference: mle                       # what the others are tested against, seed by seed
@@ -9,9 +10,9 @@ budget: 8                            # tuning runs of every method
 seeds: 5                             # final runs of every method
 search:                              # setting: values, or a range
   inner.energy_weight: {low: 0.01, high: 10.0, log: true}
-  outer.optimizer.learning_rate: [0.003, 0.01, 0.03]
-search_of:                           # in place of `search` for one method
-  mle: {inner.optimizer.learning_rate: [0.001, 0.003]}
+  inner.optimizer.learning_rate: [0.001, 0.003]
+search_of:                           # which of them a method searches; of the base's are kept
+  mle: [inner.optimizer.learning_rate]
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from ispen_dist.config import ConfigError
 
 SIGNIFICANCE = ("paired_t", "wilcoxon")
 _REQUIRED = ("config", "methods", "reference", "metric", "search")
-_OPTIONAL = ("significance", "budget", "seeds", "search_of")
+_OPTIONAL = ("base", "significance", "budget", "seeds", "search_of")
 
 
 class TableError(ValueError):
@@ -104,10 +105,35 @@ def read_table(path: Path, method_folder: Path) -> TableDefinition:
         TableError: with file, key, what was expected and what was found.
     """
     try:
-        values = read_yaml(path)
-        return _Reader(path, method_folder).table(values)
+        own = read_yaml(path)
+        reader = _Reader(path, method_folder)
+        reader.check_keys(own)
+        table = reader.table(_with_base(path, own))
     except ConfigError as error:
         raise TableError(str(error)) from None
+    # A base may name methods that this table does not have.
+    for method in own.get("search_of", {}):
+        known = f"one of {', '.join(table.method_files)}"
+        reader.check(method in table.method_files, f"search_of.{method}", known, method)
+    return table
+
+
+def _with_base(
+    path: Path, values: Mapping[str, Any], above: tuple[Path, ...] = ()
+) -> Mapping[str, Any]:
+    """Return the keys of a file over those of its base; `search_of` joins method by method."""
+    if "base" not in values:
+        return values
+    reader, above = _Reader(path, path.parent), (*above, path.resolve())
+    base_path = path.parent / reader.text(values, "base")
+    reader.check(base_path.is_file(), "base", "a file", str(base_path))
+    expected = "another file than those that it is the base of"
+    reader.check(base_path.resolve() not in above, "base", expected, str(base_path))
+    base = read_yaml(base_path)
+    _Reader(base_path, path.parent).check_keys(base)
+    base = _with_base(base_path, base, above)
+    search_of = {**base.get("search_of", {}), **values.get("search_of", {})}
+    return {**base, **values, "search_of": search_of}
 
 
 class _Reader:
@@ -120,11 +146,16 @@ class _Reader:
         if not holds:
             raise TableError(f"{self.path}: {key}: expected {expected}, found {found!r:.80}")
 
-    def table(self, values: Any) -> TableDefinition:
+    def check_keys(self, values: Any) -> None:
         self.check(isinstance(values, Mapping), "the file", "a mapping", values)
         for key in values:
             known = (*_REQUIRED, *_OPTIONAL)
             self.check(key in known, str(key), f"one of the keys {', '.join(known)}", key)
+        search_of = values.get("search_of", {})
+        self.check(isinstance(search_of, Mapping), "search_of", "a mapping of methods", search_of)
+
+    def table(self, values: Mapping[str, Any]) -> TableDefinition:
+        """Return the table of a file whose keys were joined with its base's."""
         for key in _REQUIRED:
             self.check(key in values, key, "a value", "nothing")
         methods = self._methods(values["methods"])
@@ -136,10 +167,10 @@ class _Reader:
         )
         return TableDefinition(
             name=self.path.stem,
-            config=(self.path.parent / self._text(values, "config")).resolve(),
+            config=(self.path.parent / self.text(values, "config")).resolve(),
             method_files={m: self.method_folder / f"{m}.yaml" for m in methods},
             reference=reference,
-            metric=self._text(values, "metric"),
+            metric=self.text(values, "metric"),
             significance=significance,
             budget=self._count(values, "budget", 8, at_least=0),
             seeds=self._count(values, "seeds", 5, at_least=1),
@@ -153,7 +184,7 @@ class _Reader:
         self.check(not twice, "methods", "every name once", twice)
         return methods
 
-    def _text(self, values: Mapping[str, Any], key: str) -> str:
+    def text(self, values: Mapping[str, Any], key: str) -> str:
         text = values[key]
         self.check(isinstance(text, str) and bool(text), key, "a text", text)
         return text
@@ -166,14 +197,18 @@ class _Reader:
         )
         return count
 
-    def _spaces(self, methods: list[str], search: Any, search_of: Any) -> dict[str, Space]:
-        shared = self._space("search", search)
-        self.check(isinstance(search_of, Mapping), "search_of", "a mapping of methods", search_of)
-        for method in search_of:
-            known = f"one of {', '.join(methods)}"
-            self.check(method in methods, f"search_of.{method}", known, method)
-        own = {m: self._space(f"search_of.{m}", space) for m, space in search_of.items()}
-        return {method: own.get(method, shared) for method in methods}
+    def _spaces(
+        self, methods: list[str], search: Any, search_of: Mapping[str, Any]
+    ) -> dict[str, Space]:
+        ranges = self._space("search", search)
+        known = f"some of the settings of search, {', '.join(ranges)}"
+        spaces: dict[str, Space] = {}
+        for method in methods:
+            names = search_of.get(method, list(ranges))
+            some = isinstance(names, list) and bool(names) and set(names) <= set(ranges)
+            self.check(some, f"search_of.{method}", known, names)
+            spaces[method] = {name: ranges[name] for name in names}
+        return spaces
 
     def _space(self, key: str, space: Any) -> Space:
         full = isinstance(space, Mapping) and bool(space)
