@@ -27,6 +27,7 @@ LAYERS = [
         "players",
         "optim",
         "seeding",
+        "views",
         "metrics",
         "manifest",
         "schedule",

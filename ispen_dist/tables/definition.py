@@ -11,7 +11,7 @@ seeds: 5                             # final runs of every method
 search:                              # setting: values, or a range
   inner.energy_weight: {low: 0.01, high: 10.0, log: true}
   inner.optimizer.learning_rate: [0.001, 0.003]
-search_of:                           # which of them a method searches; of the base's are kept
+search_of:                           # which of them a method searches; joined with the base's
   mle: [inner.optimizer.learning_rate]
 """
 
