@@ -1,6 +1,6 @@
 """Masks averaged over views of an image, mirrored and shifted.
 
-Gygli, Norouzi and Angelova (2017), and many since, average 36 crops of a horse.
+Gygli, Norouzi and Angelova (2017) average 36 crops of a horse.
 """
 
 from collections.abc import Callable
