@@ -85,10 +85,12 @@ def test_views_that_leave_pixels_out_or_repeat_are_refused(shifts):
         InferenceConfig(view_shifts=shifts)
 
 
-def test_only_images_have_views():
+@pytest.mark.parametrize("change", [{"view_mirrored": True}, {"view_shifts": [0, 1]}])
+def test_only_images_have_views(change):
     config = problems.multilabel_config()
-    with pytest.raises(ConfigError, match=r"inference\.view_shifts.*data\.task=multilabel"):
-        replace(config, inference=InferenceConfig(view_mirrored=True))
+    (setting,) = change
+    with pytest.raises(ConfigError, match=rf"inference\.{setting}: .*data\.task=multilabel"):
+        replace(config, inference=InferenceConfig(**change))
 
 
 @pytest.mark.parametrize(

@@ -62,13 +62,8 @@ class Config:
         if not self.inference.by_network:
             self._check_by_stander()
         self._check_objective()
-        check(
-            self.data.task == "segmentation" or not self.inference.averages_views,
-            "inference.view_shifts",
-            f"[0], and inference.view_mirrored=false, for data.task={self.data.task}",
-            self.inference.view_shifts,
-            "only images have views",
-        )
+        if self.data.task != "segmentation":
+            self._check_no_views()
         check(
             self.train.order == "alternate" or self.train.method == "explicit",
             "train.order",
@@ -150,6 +145,13 @@ class Config:
         ):
             shown = str(expected).lower()
             check(value == expected, setting, f"{shown} {where}", value, hint)
+
+    def _check_no_views(self) -> None:
+        where = f"for data.task={self.data.task}"
+        shifts, mirrored = self.inference.view_shifts, self.inference.view_mirrored
+        hint = "only images have views"
+        check(shifts == [0], "inference.view_shifts", f"[0] {where}", shifts, hint)
+        check(not mirrored, "inference.view_mirrored", f"false {where}", mirrored, hint)
 
     def _check_objective(self) -> None:
         """Check that the outer loss has the data, energy and structures that it reads."""
