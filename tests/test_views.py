@@ -74,7 +74,7 @@ def test_certain_predictions_stay_finite_and_ordered():
     mean = averaged(logits, InferenceConfig(view_mirrored=True))
     got = mean({"image": torch.zeros(1, 1, 1, 3)})[0, 0]
     assert torch.isfinite(got).all()
-    # Mirrored, the first pixel is as certain as the third: the mean is as uncertain as half of it.
+    # One view shows the first pixel with logit 90, the other with 40: half as uncertain as there.
     np.testing.assert_allclose(got[[0, 2]], 40.0 + np.log(2.0), rtol=1e-6)
     assert got[1] == -90.0
 
