@@ -108,7 +108,7 @@ def read_table(path: Path, method_folder: Path) -> TableDefinition:
         own = read_yaml(path)
         reader = _Reader(path, method_folder)
         reader.check_keys(own)
-        table = reader.table(_with_base(path, own))
+        table = reader.table(reader.joined(own))
     except ConfigError as error:
         raise TableError(str(error)) from None
     # A base may name methods that this table does not have.
@@ -116,24 +116,6 @@ def read_table(path: Path, method_folder: Path) -> TableDefinition:
         known = f"one of {', '.join(table.method_files)}"
         reader.check(method in table.method_files, f"search_of.{method}", known, method)
     return table
-
-
-def _with_base(
-    path: Path, values: Mapping[str, Any], above: tuple[Path, ...] = ()
-) -> Mapping[str, Any]:
-    """Return the keys of a file over those of its base; `search_of` joins method by method."""
-    if "base" not in values:
-        return values
-    reader, above = _Reader(path, path.parent), (*above, path.resolve())
-    base_path = path.parent / reader.text(values, "base")
-    reader.check(base_path.is_file(), "base", "a file", str(base_path))
-    expected = "another file than those that it is the base of"
-    reader.check(base_path.resolve() not in above, "base", expected, str(base_path))
-    base = read_yaml(base_path)
-    _Reader(base_path, path.parent).check_keys(base)
-    base = _with_base(base_path, base, above)
-    search_of = {**base.get("search_of", {}), **values.get("search_of", {})}
-    return {**base, **values, "search_of": search_of}
 
 
 class _Reader:
@@ -153,6 +135,21 @@ class _Reader:
             self.check(key in known, str(key), f"one of the keys {', '.join(known)}", key)
         search_of = values.get("search_of", {})
         self.check(isinstance(search_of, Mapping), "search_of", "a mapping of methods", search_of)
+
+    def joined(self, values: Mapping[str, Any], above: tuple[Path, ...] = ()) -> Mapping[str, Any]:
+        """Return the keys of the file over those of its base; `search_of` joins by method."""
+        if "base" not in values:
+            return values
+        above = (*above, self.path.resolve())
+        path = self.path.parent / self.text(values, "base")
+        self.check(path.is_file(), "base", "a file", str(path))
+        expected = "another file than those that it is the base of"
+        self.check(path.resolve() not in above, "base", expected, str(path))
+        reader, base = _Reader(path, self.method_folder), read_yaml(path)
+        reader.check_keys(base)
+        base = reader.joined(base, above)
+        search_of = {**base.get("search_of", {}), **values.get("search_of", {})}
+        return {**base, **values, "search_of": search_of}
 
     def table(self, values: Mapping[str, Any]) -> TableDefinition:
         """Return the table of a file whose keys were joined with its base's."""
