@@ -1,7 +1,20 @@
-"""Structures inferred from the energy, in place of those that the inference network predicts.
+"""Structures inferred from the energy, or from the energy and the inference network together.
 
-With ybar(z) = relax(z) and m the margin scale, gradient descent takes from z_0, zeros or the local
-potentials, `inference.steps` steps on the logits z of each example:
+With ybar(z) = relax(z), mean field takes the distribution P(y | x) of the network, with logits z_0,
+and the energy for the factors of one, p(y | x) ~ P(y | x) exp(-w E(x, y)), w the `energy_weight`,
+and approaches it by an independent one in `inference.steps` steps, all positions at once:
+
+    z_{k+1} = z_0 - w dE/dybar (x, ybar(z_k))
+
+The outer loss `nce` draws its noise from P, and its minimum is where P exp(-E) is the distribution
+of the data (Ma and Collins 2018): then w = 1, and what the network leaves undone the energy does.
+Such a product of a network and an energy is that of Deng et al. (2020), who draw from it. Steps on
+logits are exact mean field where E is linear in every position, as chains are; where it is not, as
+in the softplus of label_interaction, E is replaced by its tangent. Both networks are trained as
+with `network`: inner and outer loss see the network's own structures.
+
+With m the margin scale, gradient descent does without the network, and takes from z_0, zeros or
+the local potentials, `inference.steps` steps on the logits z of each example:
 
     g_k = d/dz [ E(x, ybar(z_k)) - m cost(ybar(z_k), y) ],   m = 0 unless it is cost-augmented
     v_k = momentum v_{k-1} + g_k,                            z_{k+1} = z_k - learning_rate v_k
@@ -45,8 +58,33 @@ def predict(players: Players, engines: Engines, inputs: Inputs) -> Tensor:
 def _predict(players: Players, engines: Engines, inputs: Inputs) -> Tensor:
     if players.config.inference.by_network:
         logits = engines.inference_net.staged(inputs, keep_states=False).value()
-        return logits.chunk(players.config.inference.num_heads, dim=-1)[0]
+        logits = logits.chunk(players.config.inference.num_heads, dim=-1)[0]
+        if players.config.inference.name == "network":
+            return logits
+        return mean_field(players, inputs, logits, *potentials_and_head(engines, inputs))
     return infer(players, inputs, *potentials_and_head(engines, inputs))
+
+
+def mean_field(
+    players: Players, inputs: Inputs, logits: Tensor, potentials: Tensor, head: Tree | None = None
+) -> Tensor:
+    """Return the logits of the network, corrected by the energy.
+
+    Args:
+        players: definition of the energy, kind of structure and settings.
+        inputs: of the examples.
+        logits: z_0, of the structures that the network predicts.
+        potentials: see `Players.view`.
+        head: see `Players.view`.
+    """
+    config, energy = players.config.inference, players.energy_at(potentials, head)
+    z = logits
+    for _ in range(config.steps):
+        with torch.enable_grad():
+            ybar = players.space.relax(z, inputs).detach().requires_grad_()
+            (slope,) = torch.autograd.grad(energy(ybar.unsqueeze(0)).sum(), ybar)
+        z = logits - config.energy_weight * slope
+    return z
 
 
 def potentials_and_head(engines: Engines, inputs: Inputs) -> tuple[Tensor, Tree]:

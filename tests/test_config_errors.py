@@ -122,6 +122,10 @@ TAGGING = {
         {"inference": {"name": "gradient_descent"}},
         "train.method: expected explicit for inference.name=gradient_descent, got 'implicit'; the",
     ),
+    "an energy that is not learned": (
+        {"inference": {"name": "mean_field"}, "train": {"method": "mle"}},
+        "inference.name: expected network for train.method=mle, got 'mean_field'; no energy",
+    ),
     "rounds for a by-stander": (
         {
             "inference": {"name": "gradient_descent"},

@@ -26,7 +26,7 @@ from ispen_dist.data.loading import load_splits
 from ispen_dist.distributed import Session
 from ispen_dist.graphs.compiler import Compiler
 from ispen_dist.implicit import outer_gradients, staged_outer_gradients
-from ispen_dist.inference import descend, infer
+from ispen_dist.inference import descend, infer, mean_field, predict
 from ispen_dist.inner import inner_step
 from ispen_dist.inner_program import InnerProgram
 from ispen_dist.linalg.operators import build_operator
@@ -249,6 +249,53 @@ def test_a_chain_is_summed_and_solved_as_by_enumeration():
         gold = players.energy.score(b[row : row + 1], view.y[row : row + 1])[0]
         torch.testing.assert_close(nll[row], gold + torch.logsumexp(-energy, 0), rtol=1e-10, atol=0)
         assert best[row, :length].tolist() == paths[energy.argmin()].tolist()
+
+
+@pytest.mark.parametrize("task", ["multilabel", "bilstm"])
+def test_mean_field_is_stationary_in_the_free_energy_of_the_product(task):
+    """The free energy is that of an independent distribution against P exp(-w E)."""
+    weight = 0.7
+    players = players_of(
+        task, inference__name="mean_field", inference__steps=200,
+        inference__energy_weight=weight,
+    )  # fmt: skip
+    batch = problems.random_batch(task, 5, 0)
+    b, logits = (players.potentials(batch).detach() * c for c in (1.0, -2.0))
+    energy, mask = players.energy_at(b), batch.inputs.get("mask")
+
+    def free_energy(z):
+        ybar = players.space.relax(z, batch.inputs)
+        entropy = torch.special.entr(ybar.clamp(min=1e-300))  # padding is 0
+        if mask is None:  # a label has two values
+            entropy = entropy + torch.special.entr(1.0 - ybar)
+        product = players.space.nll(logits, ybar) + weight * energy(ybar[None])[0]
+        return product - entropy.flatten(1).sum(1)
+
+    found = mean_field(players, batch.inputs, logits, b)
+    assert (free_energy(found) < free_energy(logits)).all()
+    slopes = []
+    for z in (logits, found):
+        z.requires_grad_()
+        slopes.append(torch.autograd.grad(free_energy(z).sum(), z)[0].abs().max())
+    assert slopes[0] > 1e-2
+    assert slopes[1] < 1e-12
+
+
+def test_mean_field_trains_as_the_network_alone_and_predicts_something_else(task_files, session):
+    pair = ["nce_task_identity", "nce_task_identity_mean_field"]
+    trainers = [trainer_of(session, task_files["labels"], name) for name in pair]
+    for trainer in trainers:
+        take_rounds(trainer)
+    first, second = (parameters(trainer) for trainer in trainers)
+    for name, tree in first.items():
+        assert same(tree, second[name])
+    sample = trainers[0].splits.dev.collate([0, 1, 2])
+    inputs = sample.to(sample.weight.device, torch.float64).inputs
+    alone, corrected = (predict(t.players, t.engines, inputs) for t in trainers)
+    b = trainers[0].players.energy.potentials(inputs).detach()
+    head = trainers[0].players.energy.label_bias
+    assert (alone - corrected).abs().min() > 1e-3
+    assert (corrected - alone - b - head).abs().max() < 1.0  # what the small global term adds
 
 
 # -- two heads -----------------------------------------------------------------------------------

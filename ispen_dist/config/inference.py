@@ -8,12 +8,12 @@ from ispen_dist.config.checks import ANY, check, check_ranges
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """How a structure is predicted: by the inference network, or from the energy itself."""
+    """How a structure is predicted: by the inference network, the energy, or both."""
 
-    name: Literal["network", "gradient_descent", "viterbi"] = "network"
-    """One forward pass of the inference network; gradient descent on the energy of the relaxed
-    structure; or the exact minimum of a linear_chain. With the last two the inference network is a
-    by-stander: it takes no step after the warm-up."""
+    name: Literal["network", "mean_field", "gradient_descent", "viterbi"] = "network"
+    """One forward pass of the inference network; mean field of that and the energy; gradient
+    descent on the energy of the relaxed structure; or the exact minimum of a linear_chain. With the
+    last two the inference network is a by-stander: it takes no step after the warm-up."""
     cost_augmented: bool = False
     """In the outer losses ssvm and ssvm_plus, the structure that minimises E - margin_scale * cost.
     By gradient descent: the same steps on that. By the network: a second head of its own, trained
@@ -22,7 +22,10 @@ class InferenceConfig:
     """Differentiate the outer loss through the steps of gradient descent; otherwise the structure
     they reach is a constant."""
     steps: int = 20
-    """Steps of gradient descent."""
+    """Steps of mean field or of gradient descent."""
+    energy_weight: float = 1.0
+    """Weight of the energy in mean field, to 1 for the log probabilities of the network. The outer
+    loss nce learns an energy for which it is 1."""
     learning_rate: float = 1.0
     """Size of a step on the logits of the structure."""
     momentum: float = 0.0
@@ -37,7 +40,12 @@ class InferenceConfig:
 
     def __post_init__(self) -> None:
         check_ranges(
-            "inference", self, steps=(1, ANY), learning_rate=(0.0, ANY), momentum=(0.0, 0.999)
+            "inference",
+            self,
+            steps=(1, ANY),
+            energy_weight=(0.0, ANY),
+            learning_rate=(0.0, ANY),
+            momentum=(0.0, 0.999),
         )
         check(
             not self.unrolled or self.name == "gradient_descent",
@@ -68,8 +76,8 @@ class InferenceConfig:
 
     @property
     def by_network(self) -> bool:
-        """Whether the inference network predicts."""
-        return self.name == "network"
+        """Whether the inference network predicts, alone or with the energy."""
+        return self.name in ("network", "mean_field")
 
     @property
     def num_heads(self) -> int:

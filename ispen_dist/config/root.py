@@ -61,6 +61,13 @@ class Config:
             self._check_implicit()
         if not self.inference.by_network:
             self._check_by_stander()
+        check(
+            self.inference.name != "mean_field" or self.train.method != "mle",
+            "inference.name",
+            "network for train.method=mle",
+            self.inference.name,
+            "no energy is learned that could correct the network",
+        )
         self._check_objective()
         if self.data.task != "segmentation":
             self._check_no_views()
