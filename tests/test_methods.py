@@ -125,9 +125,9 @@ def test_the_method_files_are_those_that_the_readme_names():
     ],
 )
 def test_every_method_trains(name, task, task_files, session):
-    if name == "crf" and task == "labels":
+    if name.startswith("crf") and task == "labels":
         with pytest.raises(ConfigError, match=r"energy\.name: expected linear_chain for outer"):
-            load_config(task_files[task], METHODS / "crf.yaml")
+            load_config(task_files[task], METHODS / f"{name}.yaml")
         return
     trainer = trainer_of(session, task_files[task], name)
     rows = take_rounds(trainer, 1)

@@ -91,6 +91,8 @@ def go(table, folder, runs, **changes):
     grid = Grid(table=table, folder=folder, runs=runs, jobs=1, **(settings | changes))
     with TableProgress(grid.num_runs, Console(file=io.StringIO())) as progress:
         grid.run(progress)
+    # Trials of an earlier command are counted too.
+    assert grid.failures or progress.counts["done"] == grid.num_runs
     return grid
 
 

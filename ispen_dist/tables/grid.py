@@ -105,6 +105,7 @@ class Grid:
 
         own = self.folder / method
         tuning = Tuning(self.table, method, own, self.budget, execute)
+        progress.enter_earlier(tuning.num_told())
         settings = tuning.run()
         return [
             Run(tuning.files, {**settings, "train.seed": seed}, self._final(method, seed))

@@ -33,6 +33,12 @@ class TableProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def enter_earlier(self, number: int) -> None:
+        """Count trials that an earlier command ran."""
+        with self._lock:
+            self.counts["done"] += number
+            self._refresh()
+
     def begin(self) -> None:
         """Count a run that starts."""
         with self._lock:

@@ -69,6 +69,10 @@ class Tuning:
         metric = f"dev {self.table.metric} {_value(best):.4f}"
         return self._choose(settings, f"trial {best.number} of {self.budget}: {metric}")
 
+    def num_told(self) -> int:
+        """Return how many of the trials an earlier command has run."""
+        return sum(trial.state.is_finished() for trial in self._study().trials)
+
     def _study(self) -> optuna.Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
