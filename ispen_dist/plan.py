@@ -77,7 +77,7 @@ class Cost:
     """Bytes per rank.
 
     Attributes:
-        resting: parameters, gradients and optimizer state of both networks.
+        resting: parameters, gradients and optimizer state of both networks, and their average.
         vectors: the solver's vectors.
         gathered: what a product holds in whole tensors at once.
         inner_step: sent by one inner step.
@@ -123,13 +123,18 @@ def cost_of(config: Config, sizes: Sizes, num_ranks: int, runtime: Runtime) -> C
     products = _num_products(solver) if implicit else 0
     learns = config.train.method != "mle"
     return Cost(
-        resting=item * both * (parameters + gradients + 2 * optimizer),
+        resting=item * both * (_copies(config) * parameters + gradients + 2 * optimizer),
         vectors=item * vectors * parameters,
         gathered=item * held if implicit else 0,
         inner_step=item * inner_step,
         product=item * product if implicit else 0,
         outer_step=item * (products * product + around) if learns else 0,
     )
+
+
+def _copies(config: Config) -> int:
+    """Return how often both networks are held while a run trains."""
+    return 2 if config.train.average_decay else 1
 
 
 def _solver_vectors(solver: SolverConfig) -> int:
@@ -170,6 +175,7 @@ def describe(config: Config, splits: Splits, num_ranks: int, runtime: Runtime) -
     epochs = inner_steps * config.inner.batch_size / len(splits.train)
     products = outer_steps * _num_products(config.solver)
     test = len(splits.test) if splits.test is not None else 0
+    copies = _copies(config) + 3  # Two moments, and the best.
     first_order = "bfloat16" if runtime.low_precision else train.dtype
     lines = [
         ("examples", f"train {len(splits.train)}, dev {len(splits.dev)}, test {test}"),
@@ -191,7 +197,7 @@ def describe(config: Config, splits: Splits, num_ranks: int, runtime: Runtime) -
             f"{_bytes(cost.vectors)} solver vectors, {_bytes(cost.gathered)} gathered at a time, "
             "activations besides",
         ),
-        ("checkpoint", f"about {_bytes(item * (4 * sizes.theta + 4 * sizes.energy))} each"),
+        ("checkpoint", f"about {_bytes(item * copies * (sizes.theta + sizes.energy))} each"),
         (
             "sent per rank",
             f"{_bytes(cost.inner_step)} per inner step, {_bytes(cost.product)} per product, "

@@ -13,7 +13,6 @@ import torch
 from ispen_dist.engine import MOMENTS, Engine, Engines
 from ispen_dist.linalg.trees import Tree
 from ispen_dist.outer import SolverRecord
-from ispen_dist.selection import Selection
 
 
 def whole(engine: Engine, parts: Tree, *, is_main: bool) -> Tree:
@@ -26,8 +25,12 @@ def own(engine: Engine, tree: Tree, device: torch.device) -> Tree:
     return {key: value.to(device) for key, value in engine.layout.own(tree).items()}
 
 
+Copies = Mapping[str, dict[str, Tree]]
+"""Copies of the networks that a run keeps besides: by kind, as `best`, the networks' trees."""
+
+
 def trees_of(
-    engines: Engines, selection: Selection, record: SolverRecord, *, is_main: bool
+    engines: Engines, copies: Copies, record: SolverRecord, *, is_main: bool
 ) -> dict[str, Tree]:
     """Return all tensors that change while a run trains; every rank calls it."""
     trees = {}
@@ -35,8 +38,9 @@ def trees_of(
         trees[name] = whole(engine, engine.parameters(), is_main=is_main)
         for slot, moments in engine.moments().items():
             trees[f"{name}_{slot}"] = whole(engine, moments, is_main=is_main)
-        if name in selection.networks:
-            trees[f"best_{name}"] = whole(engine, selection.networks[name], is_main=is_main)
+        for kind, networks in copies.items():
+            if name in networks:
+                trees[f"{kind}_{name}"] = whole(engine, networks[name], is_main=is_main)
     start = record.start or {}
     trees["solver_start"] = whole(engines.inference_net, start, is_main=is_main)
     return trees
@@ -44,7 +48,7 @@ def trees_of(
 
 def restore_trees(
     engines: Engines,
-    selection: Selection,
+    copies: Copies,
     trees: Mapping[str, Tree],
     phases: Mapping[str, Mapping[str, Any]],
     device: torch.device,
@@ -53,15 +57,16 @@ def restore_trees(
 
     Args:
         engines: both networks.
-        selection: gets the best networks.
+        copies: gets those that there are.
         trees: whole tensors.
         phases: of `phases_of`.
         device: of the parameters.
     """
     for name, engine in engines.items():
         engine.load(own(engine, trees[name], device))
-        if f"best_{name}" in trees:
-            selection.networks[name] = own(engine, trees[f"best_{name}"], device)
+        for kind, networks in copies.items():
+            if f"{kind}_{name}" in trees:
+                networks[name] = own(engine, trees[f"{kind}_{name}"], device)
         num_taken = phases[name]["num_taken"]
         if num_taken:
             moments = {s: own(engine, trees[f"{name}_{s}"], device) for s in MOMENTS}

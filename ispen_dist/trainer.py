@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ispen_dist import ops, ranges
+from ispen_dist.average import MovingAverage
 from ispen_dist.checkpoint import Checkpoint
 from ispen_dist.config import Config
 from ispen_dist.data.datasets import Dataset
@@ -70,6 +71,7 @@ class Trainer:
         self.metrics = build_metrics(splits.codec)
         self.rounds = Rounds(self.schedule, self.players, self.engines, splits, session, folder)
         self.selection = Selection(self.engines, self.metrics.main)
+        self.average = MovingAverage(self.engines, config.train.average_decay)
         self.seconds = 0.0
         self.saver = Saver(
             folder.checkpoints,
@@ -113,6 +115,7 @@ class Trainer:
             num_examples = self.rounds.num_examples(self.round)
             figures["examples_per_second"] = num_examples / (time.perf_counter() - round_begin)
             self.round += 1
+            self.average.enter()
             is_logged = self._is_due(self.config.train.log_every)
             if is_logged:
                 self.folder.record_round(self.round, figures)
@@ -165,14 +168,14 @@ class Trainer:
 
     def _evaluate_and_select(self) -> None:
         """Evaluate on dev and keep the best networks, see `Schedule.select_after`."""
-        dev = self._evaluate(self.splits.dev)
-        self.folder.record_dev(self.round, dev)
-        head = self.engines.energy.collect(self.engines.energy.groups["head"])
-        interaction = self.players.interaction(head)
-        self.folder.record_interaction(self.round, interaction, self.splits.codec.output_names)
-        if self.round <= self.schedule.select_after < self.num_rounds:
-            return
-        self.selection.enter(dev)
+        with self.average.in_place():
+            dev = self._evaluate(self.splits.dev)
+            self.folder.record_dev(self.round, dev)
+            head = self.engines.energy.collect(self.engines.energy.groups["head"])
+            interaction = self.players.interaction(head)
+            self.folder.record_interaction(self.round, interaction, self.splits.codec.output_names)
+            if not self.round <= self.schedule.select_after < self.num_rounds:
+                self.selection.enter(dev)
 
     def _finish(self, checkpoints: Mapping[str, float]) -> dict[str, Any]:
         """Restore the best networks, read test once, export, and write the summary."""
@@ -241,7 +244,12 @@ class Trainer:
 
     def _trees(self) -> dict[str, Tree]:
         record, is_main = self.rounds.outer_step.record, self.session.is_main
-        return trees_of(self.engines, self.selection, record, is_main=is_main)
+        return trees_of(self.engines, self._copies, record, is_main=is_main)
+
+    @property
+    def _copies(self) -> dict[str, dict[str, Tree]]:
+        """Copies of both networks that a run keeps besides, by the name in a checkpoint."""
+        return {"best": self.selection.networks, "average": self.average.networks}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -262,7 +270,7 @@ class Trainer:
         self.selection.dev, self.selection.num_stale = state["best_dev"], state["num_stale"]
         if state["phases"]["energy"]["name"] == self.rounds.learning.name:
             self.engines.energy.begin(self.rounds.learning)
-        restore_trees(self.engines, self.selection, trees, state["phases"], device)
+        restore_trees(self.engines, self._copies, trees, state["phases"], device)
         if "not_finite" in state:  # Runs before 2026-11-25 ended at the first such step.
             self.rounds.not_finite.record = NotFiniteRecord.from_state(state["not_finite"])
         for _, engine in self.engines.items():

@@ -14,7 +14,7 @@ SETTINGS = {
     "solver": {"max_steps": 3, "damping": 1.0},
     "train": {
         "warmup_rounds": 2, "max_outer_steps": 4, "eval_every": 2, "checkpoint_every": 2,
-        "keep_checkpoints": 9, "num_threads": 1,
+        "keep_checkpoints": 9, "num_threads": 1, "average_decay": 0.8,
     },
 }  # fmt: skip
 

@@ -12,12 +12,14 @@ from ispen_dist.plan import Sizes, cost_of
 SIZES = Sizes(theta=1000, energy=400, phi=40, stage=300)
 
 
-def cost(runtime="fsdp2", num_ranks=4, **solver):
+def cost(runtime="fsdp2", num_ranks=4, average_decay=0.0, **solver):
     config = problems.tagging_config("transformer", objective="ssvm")
     config = replace(
         config,
         solver=replace(config.solver, **solver),
-        train=replace(config.train, dtype="float32", method="implicit"),
+        train=replace(
+            config.train, dtype="float32", method="implicit", average_decay=average_decay
+        ),
     )
     return cost_of(config, SIZES, num_ranks, Runtime(runtime))
 
@@ -39,6 +41,11 @@ def test_only_what_a_runtime_cuts_falls_with_the_number_of_ranks():
     assert per_rank == pytest.approx({"replicas": 4.0, "zero1": 2.5, "zero2": 1.75})
     assert cost("zero3").resting == cost("fsdp2").resting == 4 * 1400
     assert cost("zero3").vectors == cost("replicas").vectors / 4
+
+
+def test_an_average_is_one_more_copy_of_the_parameters():
+    assert cost(average_decay=0.9).resting == cost().resting + 1400
+    assert cost("zero2", average_decay=0.9).resting == cost("zero2").resting + 4 * 1400
 
 
 def test_a_prefetched_stage_is_held_beside_the_present_one():

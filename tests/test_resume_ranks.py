@@ -17,6 +17,7 @@ EXACT = [
     "--outer.objective=ssvm",
     "--inner.optimizer.learning_rate=0.001",
     "--solver.damping=30",
+    "--train.average_decay=0.8",
 ]
 
 
@@ -63,9 +64,8 @@ def test_a_run_goes_on_elsewhere(chain, config, tmp_path):  # noqa: F811
         assert json.loads((resumed / "summary.json").read_text())["world_size"] == num_ranks
     expected, found = state_after(whole, 6), state_after(before, 6)
     assert found.keys() == expected.keys()
-    assert {"inference_net_exp_avg_sq", "energy_exp_avg", "solver_start", "best_energy"} <= {
-        key.split("/")[0] for key in found
-    }
+    parts = {"inference_net_exp_avg_sq", "energy_exp_avg", "solver_start", "best_energy"}
+    assert parts | {"average_energy"} <= {key.split("/")[0] for key in found}
     for key, value in expected.items():
         error = (found[key] - value).norm() / (value.norm() + 1e-6)
         assert error < 1e-3, f"{key}: {error}"

@@ -32,6 +32,10 @@ class TrainConfig:
     """Seed of initial values, data order, dropout and samples."""
     eval_every: int = 10
     """Rounds between evaluations on dev; the last round is always evaluated."""
+    average_decay: float = 0.0
+    """Share that a moving average of both networks keeps in a round, as 0.9. The average is what is
+    evaluated, kept as the best and written in the end; training does not see it. 0 takes the
+    networks themselves."""
     patience: int = 0
     """Evaluations without a better dev metric before the run stops; 0 never stops early."""
     checkpoint_every: int = 50
@@ -73,6 +77,7 @@ class TrainConfig:
             max_outer_steps=(0, ANY),
             fine_tune=(0.0, ANY),
             eval_every=(1, ANY),
+            average_decay=(0.0, 0.9999),
             patience=(0, ANY),
             checkpoint_every=(1, ANY),
             keep_checkpoints=(1, ANY),
