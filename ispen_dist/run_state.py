@@ -15,6 +15,10 @@ from ispen_dist.linalg.trees import Tree
 from ispen_dist.outer import SolverRecord
 
 
+Copies = Mapping[str, dict[str, Tree]]
+"""Copies of the networks that a run keeps besides: by kind, as `best`, the networks' trees."""
+
+
 def whole(engine: Engine, parts: Tree, *, is_main: bool) -> Tree:
     """Return copies of whole tensors on the CPU of the main process, and nothing elsewhere."""
     return {n: value.to("cpu", copy=True) for n, value in engine.whole(parts) if is_main}
@@ -23,10 +27,6 @@ def whole(engine: Engine, parts: Tree, *, is_main: bool) -> Tree:
 def own(engine: Engine, tree: Tree, device: torch.device) -> Tree:
     """Return this rank's parts of whole tensors, on its device."""
     return {key: value.to(device) for key, value in engine.layout.own(tree).items()}
-
-
-Copies = Mapping[str, dict[str, Tree]]
-"""Copies of the networks that a run keeps besides: by kind, as `best`, the networks' trees."""
 
 
 def trees_of(
