@@ -14,7 +14,6 @@ from ispen_dist.engine import MOMENTS, Engine, Engines
 from ispen_dist.linalg.trees import Tree
 from ispen_dist.outer import SolverRecord
 
-
 Copies = Mapping[str, dict[str, Tree]]
 """Copies of the networks that a run keeps besides: by kind, as `best`, the networks' trees."""
 
