@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from ispen_dist.engine import Engines
+from ispen_dist.linalg import trees
 from ispen_dist.linalg.trees import Tree
 
 
@@ -35,7 +36,7 @@ class MovingAverage:
         for name, engine in self._engines.items():
             parameters = engine.parameters()
             if name not in self.networks:
-                self.networks[name] = {k: v.detach().clone() for k, v in parameters.items()}
+                self.networks[name] = trees.copied(parameters)
                 continue
             for key, value in self.networks[name].items():
                 value.lerp_(parameters[key], 1.0 - self._decay)
@@ -44,7 +45,7 @@ class MovingAverage:
     def in_place(self) -> Iterator[None]:
         """Put the averages in place of the networks, which come back as they were."""
         last = {
-            name: {k: v.detach().clone() for k, v in engine.parameters().items()}
+            name: trees.copied(engine.parameters())
             for name, engine in self._engines.items()
             if name in self.networks
         }

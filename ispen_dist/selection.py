@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from ispen_dist.engine import Engines
+from ispen_dist.linalg import trees
 from ispen_dist.linalg.trees import Tree
 
 
@@ -26,10 +27,7 @@ class Selection:
             self.num_stale += 1
             return
         self.dev, self.num_stale = dict(dev), 0
-        self.networks = {
-            name: {k: v.detach().clone() for k, v in engine.parameters().items()}
-            for name, engine in self._engines.items()
-        }
+        self.networks = {n: trees.copied(e.parameters()) for n, e in self._engines.items()}
 
     @property
     def best(self) -> float | None:
