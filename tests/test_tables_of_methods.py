@@ -296,6 +296,7 @@ def test_a_malformed_record_is_named_and_left_alone(table, tmp_path, change, mes
         ({"search_of": {"mle": []}}, "search_of.mle: expected some of the settings of search, in"),
         ({"search_of": {"mle": ["inner.stepz"]}}, "search, inner.energy_weight, inner.steps, foun"),
         ({"base": "no.yaml"}, "base: expected a file, found"),
+        ({"more_methods": ["crf"]}, "more_methods: expected a base, found 'none'"),
     ],
 )
 def test_a_malformed_table_is_named_with_its_key(write, tmp_path, change, message):
@@ -318,6 +319,12 @@ def test_a_table_has_the_keys_of_its_base_where_it_has_none(write, tmp_path):
         "nce_explicit": ["inner.steps"],
         "mle": ["inner.steps"],
     }
+    more = {"base": "second.yaml", "more_methods": ["crf"]}
+    table = read_table(write(yaml.safe_dump(more), "fourth.yaml"), tmp_path)
+    assert list(table.method_files) == [*TABLE["methods"], "crf"]
+    twice = write(yaml.safe_dump(more | {"more_methods": ["mle"]}), "fourth.yaml")
+    with pytest.raises(TableError, match=r"fourth\.yaml: methods: expected every name once"):
+        read_table(twice, tmp_path)
     # A mistake is named in the file that has it.
     write(yaml.safe_dump(shared | {"colour": 1}), "second.yaml")
     with pytest.raises(TableError, match=r"second\.yaml: colour: expected one of the keys"):

@@ -3,6 +3,7 @@
 base: shared/methods.yaml            # its keys count where this file has none
 config: ../bibtex.yaml               # the task, relative to this file
 methods: [mle, nce_explicit]         # files of configs/methods/
+more_methods: [crf]                  # besides the base's methods
 reference: mle                       # what the others are tested against, seed by seed
 metric: example_f1_at_0.5            # of dev; chooses the settings
 significance: paired_t               # or wilcoxon
@@ -28,7 +29,7 @@ from ispen_dist.config import ConfigError
 
 SIGNIFICANCE = ("paired_t", "wilcoxon")
 _REQUIRED = ("config", "methods", "reference", "metric", "search")
-_OPTIONAL = ("base", "significance", "budget", "seeds", "search_of")
+_OPTIONAL = ("base", "more_methods", "significance", "budget", "seeds", "search_of")
 
 
 class TableError(ValueError):
@@ -137,8 +138,12 @@ class _Reader:
         self.check(isinstance(search_of, Mapping), "search_of", "a mapping of methods", search_of)
 
     def joined(self, values: Mapping[str, Any], above: tuple[Path, ...] = ()) -> Mapping[str, Any]:
-        """Return the keys of the file over those of its base; `search_of` joins by method."""
+        """Return the keys of the file over those of its base.
+
+        `search_of` joins by method; `more_methods` go to the end of the base's `methods`.
+        """
         if "base" not in values:
+            self.check("more_methods" not in values, "more_methods", "a base", "none")
             return values
         above = (*above, self.path.resolve())
         path = self.path.parent / self.text(values, "base")
@@ -149,13 +154,17 @@ class _Reader:
         reader.check_keys(base)
         base = reader.joined(base, above)
         search_of = {**base.get("search_of", {}), **values.get("search_of", {})}
-        return {**base, **values, "search_of": search_of}
+        values = {**base, **values, "search_of": search_of}
+        if "more_methods" in values:
+            more = self._names("more_methods", values.pop("more_methods"))
+            values["methods"] = self._names("methods", [*values.get("methods", []), *more])
+        return values
 
     def table(self, values: Mapping[str, Any]) -> TableDefinition:
         """Return the table of a file whose keys were joined with its base's."""
         for key in _REQUIRED:
             self.check(key in values, key, "a value", "nothing")
-        methods = self._methods(values["methods"])
+        methods = self._names("methods", values["methods"])
         reference = values["reference"]
         self.check(reference in methods, "reference", f"one of {', '.join(methods)}", reference)
         significance = values.get("significance", "paired_t")
@@ -174,11 +183,11 @@ class _Reader:
             spaces=self._spaces(methods, values["search"], values.get("search_of", {})),
         )
 
-    def _methods(self, methods: Any) -> list[str]:
+    def _names(self, key: str, methods: Any) -> list[str]:
         names = isinstance(methods, list) and all(isinstance(m, str) for m in methods)
-        self.check(names and bool(methods), "methods", "a list of names", methods)
+        self.check(names and bool(methods), key, "a list of names", methods)
         twice = [m for m in methods if methods.count(m) > 1]
-        self.check(not twice, "methods", "every name once", twice)
+        self.check(not twice, key, "every name once", twice)
         return methods
 
     def text(self, values: Mapping[str, Any], key: str) -> str:
