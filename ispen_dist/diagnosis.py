@@ -88,7 +88,7 @@ class Diagnosis:
 
 
 def _inner_terms(view: View) -> Mapping[str, Tensor]:
-    return dict(zip(("likelihood", "energy"), inner_terms(view), strict=True))
+    return dict(zip(("fixed loss", "energy"), inner_terms(view), strict=True))
 
 
 def _listed(rows: Sequence[int]) -> str:

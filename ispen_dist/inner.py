@@ -1,4 +1,4 @@
-"""One step of the inference network on `L_MLE + lambda E`, and of the local energy on L_MLE."""
+"""One step of the inference network on the inner loss, and of the local energy on L_MLE."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from ispen_dist import ranges
 from ispen_dist.data.batch import Batch
 from ispen_dist.engine import Engines
 from ispen_dist.inference import potentials_and_head
-from ispen_dist.objectives import inner_terms, mle
+from ispen_dist.objectives import fixed, inner_terms, mle
 from ispen_dist.players import Players
 
 Statistics = Mapping[str, Tensor]
@@ -30,21 +30,21 @@ def inner_step(
         energy_weight: lambda; at 0 the energy is not evaluated.
 
     Returns:
-        Means over the global batch: `inner_loss`, `likelihood`, `energy`, and `gradient_norm`.
+        Means over the global batch: `inner_loss`, `fixed_loss`, `energy`, and `gradient_norm`.
     """
     logits = engines.inference_net.forward(batch.inputs)
     if energy_weight > 0.0:
         view = players.view(batch, logits, *potentials_and_head(engines, batch.inputs))
-        likelihood, energy = inner_terms(view)
+        constant, energy = inner_terms(view)
     else:
-        likelihood = mle(players.view(batch, logits, logits.detach()))
-        energy = torch.zeros_like(likelihood)
-    sums = [(term * batch.weight).sum() for term in (likelihood, energy)]
+        constant = fixed(players.view(batch, logits, logits.detach()))
+        energy = torch.zeros_like(constant)
+    sums = [(term * batch.weight).sum() for term in (constant, energy)]
     total = sums[0] + energy_weight * sums[1]
     means, norm = engines.inference_net.step(total, sums, batch.weight.sum())
     return {
         "inner_loss": means[0] + energy_weight * means[1],
-        "likelihood": means[0],
+        "fixed_loss": means[0],
         "energy": means[1],
         "gradient_norm": norm,
     }

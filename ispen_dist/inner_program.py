@@ -38,7 +38,7 @@ from ispen_dist.graphs.tracing import trace
 from ispen_dist.inner import Statistics
 from ispen_dist.linalg.staged import StagedFunction
 from ispen_dist.linalg.stages import State, grad, materialised
-from ispen_dist.objectives import inner_terms, mle
+from ispen_dist.objectives import fixed, inner_terms
 from ispen_dist.optim import checked_norm, clip_factor, found_inf
 from ispen_dist.players import LOCAL, Players, is_local
 from ispen_dist.replicas import ReplicatedEngine
@@ -190,9 +190,9 @@ class InnerProgram:
             parts, sums = results[: len(theta)], results[len(theta) :]
         else:
             parts, sums = shaped.gradient(theta, fixed, own)
-        likelihood, energy, count = sums
+        constant, energy, count = sums
         gradient = dict(zip(engine.trained(), parts, strict=True))
-        means, norm = engine.step_along(gradient, [likelihood, energy], count)
+        means, norm = engine.step_along(gradient, [constant, energy], count)
         return _figures(means, shaped.energy_weight, norm)
 
 
@@ -210,7 +210,7 @@ def _recorded_step(
     return list(shaped.update(clip_norm, inputs)(*inputs))
 
 
-_FIGURES = ("inner_loss", "likelihood", "energy", "gradient_norm")
+_FIGURES = ("inner_loss", "fixed_loss", "energy", "gradient_norm")
 
 
 def _figures(means: Sequence[Tensor], energy_weight: float, norm: Tensor) -> dict[str, Tensor]:
@@ -268,7 +268,7 @@ class _Shaped:
     def gradient(
         self, theta: list[Tensor], fixed: list[Tensor], batch_and_masks: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the gradient of the rank's sum, and `likelihood`, `energy` and `count`.
+        """Return the gradient of the rank's sum, and `fixed_loss`, `energy` and `count`.
 
         Args:
             theta: trained parameters in the order of the engine, or stand-ins for them.
@@ -294,7 +294,7 @@ class _Shaped:
         return _backward(self._model, points, z_bar, names), sums
 
     def _output_graph(self, batch: Batch) -> StageGraph:
-        """Return `(z, b, head, batch) -> likelihood, energy, count, z_bar`, sums of the rank."""
+        """Return `(z, b, head, batch) -> constant, energy, count, z_bar`, sums of the rank."""
         players, weight, names = self._players, self.energy_weight, self._names
         z = _shape_of_value(self.graphs)
         tensors, head = [z], []
@@ -311,11 +311,11 @@ class _Shaped:
             b, *values = rest[: -len(names)] if weight > 0.0 else [z.detach()]
             view = players.view(at, z, b, dict(zip(head, values, strict=True)))
             if weight > 0.0:
-                likelihood, energy = inner_terms(view)
+                constant, energy = inner_terms(view)
             else:
-                likelihood = mle(view)
-                energy = torch.zeros_like(likelihood)
-            sums = [(term * at.weight).sum() for term in (likelihood, energy)]
+                constant = fixed(view)
+                energy = torch.zeros_like(constant)
+            sums = [(term * at.weight).sum() for term in (constant, energy)]
             total = sums[0] + weight * sums[1]
             z_bar = materialised(grad((total,), [z], (torch.ones_like(total),)), [z])
             return [*(x.detach() for x in sums), at.weight.sum(), *z_bar]
@@ -345,16 +345,16 @@ class _Shaped:
             theta, first, second, gradient = (
                 list(tensors[i * size : (i + 1) * size]) for i in range(4)
             )
-            likelihood, energy, count, rate, number = tensors[4 * size :]
+            constant, energy, count, rate, number = tensors[4 * size :]
             mean = list(torch._foreach_mul(gradient, 1.0 / count))
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(mean)))
-            norm = checked_norm(norm, [likelihood, energy])
+            norm = checked_norm(norm, [constant, energy])
             mean = list(torch._foreach_mul(mean, clip_factor(norm, clip_norm)))
             theta, _, first, second, _ = torch.ops.aten._fused_adamw.tensor_lr(
                 theta, mean, first, second, [], [number] * size,
                 lr=rate, amsgrad=False, maximize=False, found_inf=found_inf(norm), **settings,
             )  # fmt: skip
-            figures = _figures([likelihood / count, energy / count], weight, norm)
+            figures = _figures([constant / count, energy / count], weight, norm)
             return [*theta, *first, *second, *figures.values()]
 
         key = ("update", clip_norm, weight, tuple(settings.items()), spec_of(examples))

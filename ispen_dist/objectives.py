@@ -3,7 +3,7 @@
 Low energy is good. `cost` is in [0, 1], 0 for a perfect output. With E the energy, y gold, y_k
 samples from the independent distribution P of the inference network and ybar = A_theta(x):
 
-    inner       L_MLE(y, ybar) + lambda E(x, ybar)
+    inner       L_MLE(y, ybar) + w cost(ybar, y) + lambda E(x, ybar)
 
     ssvm        [ m cost(yhat, y) - E(x, yhat) + E(x, y) ]_+
     ssvm_plus   ssvm + [ E(x, y) - E(x, ybar) ]_+
@@ -18,14 +18,14 @@ samples from the independent distribution P of the inference network and ybar = 
     mle         L_MLE(y, ybar)
     task        cost(ybar, y)
 
-where m is the margin scale and c the score scale; `task_weight * cost(ybar, y)` can be added to
-each.
+where m is the margin scale, c the score scale, and w is 0 but with `inner.fixed=mle_task`;
+`task_weight * cost(ybar, y)` can be added to each outer loss.
 
 Cost-augmented inference. yhat is ybar, unless there is a second structure, F(x), that is inferred
 to minimise E - m cost. Then the inner loss has both (Tu, Pang and Gimpel 2020, with their
 token-level loss as L_MLE, one weight lambda, and no truncation at zero):
 
-    inner       L_MLE(y, ybar) + L_MLE(y, yhat)
+    inner       L_MLE(y, ybar) + w cost(ybar, y) + L_MLE(y, yhat)
                 + lambda ( E(x, ybar) + E(x, yhat) - m cost(yhat, y) )
 
 With ssvm this is InfNet (Tu and Gimpel 2018), which departs from the paper in that A is not F
@@ -72,6 +72,7 @@ class View:
         num_samples: S for the objectives that draw.
         margin_scale: m.
         score_scale: c.
+        fixed_task_weight: w.
     """
 
     space: OutputSpace
@@ -86,6 +87,7 @@ class View:
     num_samples: int = 1
     margin_scale: float = 1.0
     score_scale: float = 1.0
+    fixed_task_weight: float = 0.0
 
     @property
     def ybar(self) -> Tensor:
@@ -124,20 +126,27 @@ def mle(view: View) -> Tensor:
     return likelihood + view.space.nll(view.augmented, view.y)
 
 
+def fixed(view: View) -> Tensor:
+    """Return the inner loss without its learned part, `L_MLE + w cost(ybar, y)`: (B,)."""
+    if not view.fixed_task_weight:
+        return mle(view)
+    return mle(view) + view.fixed_task_weight * task(view)
+
+
 def inner_terms(view: View) -> tuple[Tensor, Tensor]:
     """Return the terms of the inner loss without and with lambda per example: two tensors (B,)."""
     if view.augmented is None:
-        return mle(view), view.energy(view.ybar.unsqueeze(0))[0]
+        return fixed(view), view.energy(view.ybar.unsqueeze(0))[0]
     yhat = view.yhat
     energy_predicted, energy_augmented = view.energy(torch.stack([view.ybar, yhat]))
     cost = view.margin_scale * view.space.cost(yhat, view.y)
-    return mle(view), energy_predicted + energy_augmented - cost
+    return fixed(view), energy_predicted + energy_augmented - cost
 
 
 def inner(view: View, energy_weight: float) -> SumAndCount:
-    """Return the inner loss `L_MLE + lambda E(x, A_theta(x))` as (sum, count)."""
-    likelihood, energy = inner_terms(view)
-    return view.total(likelihood + energy_weight * energy)
+    """Return the inner loss as (sum, count)."""
+    constant, energy = inner_terms(view)
+    return view.total(constant + energy_weight * energy)
 
 
 def task(view: View) -> Tensor:

@@ -100,6 +100,7 @@ class Players:
             num_samples=self.config.outer.num_samples,
             margin_scale=self.config.outer.margin_scale,
             score_scale=self.config.outer.score_scale,
+            fixed_task_weight=self.config.inner.fixed_task_weight,
         )
 
     def energy_at(self, potentials: Tensor, head: Tree | None = None) -> Energy:

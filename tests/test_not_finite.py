@@ -53,7 +53,7 @@ def test_all_ranks_leave_the_same_steps_out_and_go_on(runtime, labels, tmp_path)
     for words in (
         "round 4: left out inner step 1 and 3 others, not finite: rank 1: "
         "data (inputs.features) of examples",
-        "round 5: left out inner step 1 and 2 others, not finite: rank 1: likelihood of examples",
+        "round 5: left out inner step 1 and 2 others, not finite: rank 1: fixed loss of examples",
         "round 6: left out outer step 1, not finite: rank 1: outer loss of examples",
         "steps left out, not finite: inner 6, outer 2",
     ):
@@ -83,7 +83,7 @@ def test_a_run_that_shall_stop_ends_with_code_3_on_all_ranks(plant, flag, words,
     job = Job(tmp_path, *arguments, plant=plant)
     assert job.codes() == [3, 3], job.text()
     assert job.text().count(words) == 1, job.text()
-    assert ("rank 1: likelihood of examples" in job.text()) == (plant == "always_nan")
+    assert ("rank 1: fixed loss of examples" in job.text()) == (plant == "always_nan")
 
 
 def test_a_skipped_step_leaves_parameters_and_moments_and_counts_as_taken():

@@ -39,7 +39,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class InnerConfig:
-    """The inner problem: the inference network on L_MLE + lambda E."""
+    """The inner problem: the inference network on a fixed loss and lambda E."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Of theta."""
@@ -49,6 +49,11 @@ class InnerConfig:
     """Inner steps per outer step."""
     energy_weight: float = 0.1
     """lambda, the weight of the energy in the inner loss."""
+    fixed: Literal["mle", "mle_task"] = "mle"
+    """What is not learned of the inner loss: L_MLE, or with it the cost of the task on the relaxed
+    prediction."""
+    task_weight: float = 30.0
+    """Weight of that cost with mle_task. L_MLE is a sum over positions, the cost is at most 1."""
     pretrain_learning_rate: float = 1e-3
     """Learning rate at which the local energy is pre-trained on L_MLE in the warm-up rounds; 0
     leaves it at its initial values."""
@@ -61,8 +66,14 @@ class InnerConfig:
             batch_size=(1, ANY),
             steps=(1, ANY),
             energy_weight=(0.0, ANY),
+            task_weight=(0.0, ANY),
             pretrain_learning_rate=(0.0, ANY),
         )
+
+    @property
+    def fixed_task_weight(self) -> float:
+        """Weight of the task's cost in the inner loss."""
+        return self.task_weight if self.fixed == "mle_task" else 0.0
 
 
 @dataclass(frozen=True)
