@@ -33,7 +33,7 @@ class Run:
         weight: of the energy.
         phase: of the optimizer.
         frozen: names of parameters that stand still.
-        net: settings of the inference network.
+        net: settings of the inference network, and `fixed` of the inner loss.
     """
 
     def __init__(self, task, backend=None, weight=0.5, phase=PHASE, frozen=(), **net):
@@ -70,14 +70,16 @@ class Run:
         return self.engine.moments()
 
 
-def players_of(task, **net):
+def players_of(task, fixed="mle", **net):
     multilabel = task == "multilabel"
     config = problems.multilabel_config() if multilabel else problems.tagging_config(task)
     settings = {"dropout": 0.3, "num_layers": 2, "feature_dropout": 0.2} | net
     if not multilabel:  # a layer norm of width 2 has gradients that are all cancellation
         settings = {"hidden_size": 6, "num_heads": 2} | settings
     config = dataclasses.replace(
-        config, inference_net=dataclasses.replace(config.inference_net, **settings)
+        config,
+        inference_net=dataclasses.replace(config.inference_net, **settings),
+        inner=dataclasses.replace(config.inner, fixed=fixed),
     )
     codec = problems.multilabel_codec() if multilabel else problems.tagging_codec()
     players = build_players(config, codec, problems.CPU)
@@ -141,6 +143,16 @@ def test_compiled_steps_are_the_plain_ones(task, weight, whole_round):
         assert len(set(run.compiler.names)) == len(run.compiler.names)
         assert "update" not in run.compiler.names
         assert not any("blocks.1" in name for name in run.compiler.names)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("task", TASKS)
+def test_compiled_steps_see_the_fixed_cost_of_the_task(task, weight):
+    _, rows = compare(task, "trace", weight, fixed="mle_task")
+    without = Run(task, None, weight).steps(batches_of(task))
+    # The same networks and masks: the cost is all the difference, at most 30 per example.
+    cost = rows[0]["fixed_loss"].item() - without[0]["fixed_loss"].item()
+    assert 1.0 < cost < 30.0
 
 
 @pytest.mark.parametrize("whole_round", [True, False])

@@ -132,6 +132,19 @@ def test_inner_loss_adds_the_weighted_energy():
     assert count == 2
 
 
+def test_the_fixed_part_of_the_inner_loss_can_hold_the_cost_of_the_task():
+    without, count = objectives.inner(view(), 0.3)
+    total, _ = objectives.inner(view(fixed_task_weight=7.0), 0.3)
+    ybar = torch.sigmoid(LOGITS)
+    f1 = 2 * (ybar * Y).sum(-1) / (ybar.sum(-1) + Y.sum(-1))
+    torch.testing.assert_close(total, without + 7.0 * (1 - f1).sum())
+    assert count == 2
+    # The likelihood as an outer loss, and that of the local potentials, stay what they are.
+    torch.testing.assert_close(
+        objectives.outer(view(fixed_task_weight=7.0), "mle")[0], objectives.outer(view(), "mle")[0]
+    )
+
+
 LEARNED = [(task, "linear_chain") for task in problems.TASKS]
 LEARNED += [("bilstm", energy) for energy in problems.TAGGING_ENERGIES if energy != "linear_chain"]
 
