@@ -250,6 +250,21 @@ def test_methods_of_earlier_commands_stay_while_their_settings_do(table, tmp_pat
     assert shown == ["nce_explicit", "nce_implicit"]
 
 
+def test_runs_of_other_settings_do_not_enter_under_the_present_ones(table, tmp_path):
+    methods = {"methods": ["mle", "nce_explicit"], "budget": 0}
+    earlier = go(table, tmp_path / "runs", FakeRuns(), **methods)
+    before = read_record(earlier.write(tmp_path / "out")[3])
+    (tmp_path / "mle.yaml").write_text("train: {method: mle, average_decay: 0.9}\n")
+    runs = FakeRuns()
+    grid = go(table, tmp_path / "runs", runs, **methods)
+    (failure,) = grid.failures
+    assert "mle: expected runs of settings" in failure
+    assert not runs.asked
+    csv_path, _, _, seeds = grid.write(tmp_path / "out")
+    assert read_record(seeds) == before
+    assert [row["method"] for row in csv.DictReader(csv_path.open())] == ["nce_explicit"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

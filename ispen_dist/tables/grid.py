@@ -49,6 +49,7 @@ class Grid:
 
     Attributes:
         failures: what failed, in words, with the log.
+        refused: methods whose folder has runs of other settings, which are not this table's.
     """
 
     table: TableDefinition
@@ -59,6 +60,7 @@ class Grid:
     runs: Runs
     jobs: int
     failures: list[str] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
 
     @property
     def num_runs(self) -> int:
@@ -105,7 +107,11 @@ class Grid:
 
         own = self.folder / method
         tuning = Tuning(self.table, method, own, self.budget, execute)
-        progress.enter_earlier(tuning.num_told())
+        try:
+            progress.enter_earlier(tuning.num_told())
+        except TableError:
+            self.refused.add(method)
+            raise
         settings = tuning.run()
         return [
             Run(tuning.files, {**settings, "train.seed": seed}, self._final(method, seed))
@@ -141,6 +147,8 @@ class Grid:
         """Return the final runs of the methods of which every seed is done."""
         found = {}
         for method in self.methods:
+            if method in self.refused:
+                continue
             runs = [self._read(method, seed) for seed in range(self.seeds)]
             if done := [run for run in runs if run is not None]:
                 found[method] = done
