@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -257,9 +258,17 @@ def with_ridge(loss: ComposedLoss, weight: float) -> Callable:
     return ridged
 
 
-def build_problem(task: str, inner_batch: Batch, outer_batch: Batch, **outer: object) -> Problem:
+def build_problem(
+    task: str,
+    inner_batch: Batch,
+    outer_batch: Batch,
+    fixed: Literal["mle", "mle_task"] = "mle",
+    **outer: object,
+) -> Problem:
     """The trainer's own losses of a tiny run, float64, without ridge."""
-    players = build_players(config_of(task, **outer), codec_of(task), CPU)
+    config = config_of(task, **outer)
+    config = replace(config, inner=replace(config.inner, fixed=fixed))
+    players = build_players(config, codec_of(task), CPU)
 
     losses = Losses(players, replicated(players))
 

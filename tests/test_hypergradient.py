@@ -146,10 +146,13 @@ def test_gauss_newton_mixed_product_in_output_space_equals_the_hessian_one(task)
     torch.testing.assert_close(operators[0].gradient, operators[1].gradient, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("task", problems.TASKS)
-def test_products_equal_the_dense_hessian_and_are_symmetric(task):
+@pytest.mark.parametrize(
+    ("task", "fixed"),
+    [*((task, "mle") for task in problems.TASKS), ("multilabel", "mle_task"), ("fcn", "mle_task")],
+)
+def test_products_equal_the_dense_hessian_and_are_symmetric(task, fixed):
     batch = problems.random_batch(task, 5, 1)
-    problem = problems.build_problem(task, batch, batch)
+    problem = problems.build_problem(task, batch, batch, fixed)
     theta, phi = problems.flatten(problem.theta), problems.flatten(problem.phi)
     operator = HessianOperator(problem.inner, problem.theta, problem.phi)
     H = problems.dense_hessian(problem, theta, phi)
