@@ -18,8 +18,9 @@ from ranks import ENVIRONMENTS, free_port
 HERE = Path(__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
 
-PATIENCE = 300.0
-"""Seconds: in a new environment DeepSpeed first compiles an extension, for a minute or two."""
+PATIENCE = 540.0
+"""Seconds: in a new environment DeepSpeed first compiles an extension, for a minute or two, and
+for ten on a machine that is busy with something else."""
 
 
 class Job:
