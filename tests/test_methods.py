@@ -202,20 +202,22 @@ def test_outer_steps_of_a_round_count_through(task_files, session, monkeypatch):
 @pytest.mark.thorough
 @pytest.mark.parametrize("runtime", ["replicas", "zero3", "fsdp2"])
 @pytest.mark.parametrize(
-    ("method", "inference"),
+    ("method", "inference", "fixed"),
     [
-        ("dvn", "gradient_descent"),
-        ("spen_unrolled", "gradient_descent"),
-        ("infnet_plus", "network"),
-        ("ssvm_explicit", "mean_field"),
+        ("dvn", "gradient_descent", "mle"),
+        ("spen_unrolled", "gradient_descent", "mle"),
+        ("infnet_plus", "network", "mle"),
+        ("ssvm_explicit", "mean_field", "mle"),
+        ("task_implicit", "network", "mle_task"),
     ],
 )
-def test_two_ranks_learn_what_one_does(method, inference, runtime, task_files, tmp_path):
+def test_two_ranks_learn_what_one_does(method, inference, fixed, runtime, task_files, tmp_path):
     """Also where the energy that descent and mean field read is sharded."""
     arguments = [
         "--config", str(task_files["labels"]), "--config", str(METHODS / f"{method}.yaml"),
         "--inference_net.dropout=0", "--energy.features.dropout=0", "--train.dtype=float32",
         "--energy.freeze_local=false", f"--inference.name={inference}",
+        f"--inner.fixed={fixed}",
     ]  # fmt: skip
     for name, num_ranks in (("replicas", 1), (runtime, 2)):
         output = str(tmp_path / str(num_ranks))
