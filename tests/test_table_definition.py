@@ -1,0 +1,98 @@
+"""Files of tables: what they inherit, malformed ones, and those of the project."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from small_table import TABLE
+
+from ispen_dist.command_line import load_config
+from ispen_dist.tables.definition import TableError, read_table, table_paths
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": None}, "config: expected a text, found None"),
+        ({"methods": "mle"}, "methods: expected a list of names, found 'mle'"),
+        ({"methods": ["mle", "mle"]}, "methods: expected every name once"),
+        ({"reference": "crf"}, "reference: expected one of mle, nce_explicit"),
+        ({"seeds": 0}, "seeds: expected a whole number of at least 1, found 0"),
+        ({"budget": True}, "budget: expected a whole number of at least 0, found True"),
+        ({"significance": "z"}, "significance: expected paired_t or wilcoxon, found 'z'"),
+        ({"colour": 1}, "colour: expected one of the keys config"),
+        ({"search": {}}, "search: expected a mapping of at least one setting"),
+        ({"search": {"inner.stepz": [1]}}, "inner.stepz: no such setting; the nearest is inner.s"),
+        ({"search": {"inner.steps": []}}, "search.inner.steps: expected a list of plain values"),
+        ({"search": {"inner.steps": {"low": 1}}}, "search.inner.steps: expected a list of values"),
+        ({"search": {"inner.steps": {"low": 2, "high": 1}}}, "high: expected a number above low=2"),
+        (
+            {"search": {"inner.steps": {"low": 0, "high": 1, "log": True}}},
+            "low: expected a number above 0",
+        ),
+        ({"search_of": []}, "search_of: expected a mapping of methods, found []"),
+        ({"search_of": {"crf": ["inner.steps"]}}, "search_of.crf: expected one of mle"),
+        ({"search_of": {"mle": []}}, "search_of.mle: expected some of the settings of search, in"),
+        ({"search_of": {"mle": ["inner.stepz"]}}, "search, inner.energy_weight, inner.steps, foun"),
+        ({"base": "no.yaml"}, "base: expected a file, found"),
+        ({"more_methods": ["crf"]}, "more_methods: expected a base, found 'none'"),
+    ],
+)
+def test_a_malformed_table_is_named_with_its_key(write, tmp_path, change, message):
+    path = write(yaml.safe_dump(TABLE | change), "bad.yaml")
+    with pytest.raises(TableError) as error:
+        read_table(path, tmp_path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+
+
+def test_a_table_has_the_keys_of_its_base_where_it_has_none(write, tmp_path):
+    shared = {"base": "first.yaml", "seeds": 4, "search_of": {"nce_explicit": ["inner.steps"]}}
+    write(yaml.safe_dump(TABLE), "first.yaml")
+    write(yaml.safe_dump(shared), "second.yaml")
+    own = {"base": "second.yaml", "budget": 0, "methods": ["nce_explicit", "mle"]}
+    table = read_table(write(yaml.safe_dump(own), "third.yaml"), tmp_path)
+    assert (table.name, table.metric, table.seeds, table.budget) == ("third", "f1", 4, 0)
+    # Settings are searched by method: the first file's for one, the second's for the other.
+    assert {m: list(space) for m, space in table.spaces.items()} == {
+        "nce_explicit": ["inner.steps"],
+        "mle": ["inner.steps"],
+    }
+    more = {"base": "second.yaml", "more_methods": ["crf"]}
+    table = read_table(write(yaml.safe_dump(more), "fourth.yaml"), tmp_path)
+    assert list(table.method_files) == [*TABLE["methods"], "crf"]
+    twice = write(yaml.safe_dump(more | {"more_methods": ["mle"]}), "fourth.yaml")
+    with pytest.raises(TableError, match=r"fourth\.yaml: methods: expected every name once"):
+        read_table(twice, tmp_path)
+    # A mistake is named in the file that has it.
+    write(yaml.safe_dump(shared | {"colour": 1}), "second.yaml")
+    with pytest.raises(TableError, match=r"second\.yaml: colour: expected one of the keys"):
+        read_table(tmp_path / "third.yaml", tmp_path)
+    write(yaml.safe_dump({"base": "second.yaml"}), "first.yaml")
+    write(yaml.safe_dump(shared), "second.yaml")
+    with pytest.raises(TableError, match=r"first\.yaml: base: expected another file"):
+        read_table(tmp_path / "third.yaml", tmp_path)
+
+
+def test_a_key_that_is_missing_or_there_twice_is_refused(write, tmp_path):
+    incomplete = {k: v for k, v in TABLE.items() if k != "metric"}
+    path = write(yaml.safe_dump(incomplete))
+    with pytest.raises(TableError, match="metric: expected a value, found 'nothing'"):
+        read_table(path, tmp_path)
+    path = write(yaml.safe_dump(TABLE) + "seeds: 3\n")
+    with pytest.raises(TableError, match="key seeds twice"):
+        read_table(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path", list(table_paths(ROOT / "configs" / "tables")), ids=lambda p: p.stem
+)
+def test_the_tables_of_the_project_are_well_formed(path):
+    table = read_table(path, ROOT / "configs" / "methods")
+    assert table.config.name == path.name
+    assert all(file.is_file() for file in table.method_files.values())  # read by test_methods
+    load_config(table.config)
+    implicit = [m for m in table.method_files if m.endswith("_implicit")]
+    assert {f"{m.removesuffix('_implicit')}_explicit" for m in implicit} <= set(table.method_files)
