@@ -14,12 +14,11 @@ from seqeval.metrics.sequence_labeling import get_entities
 from sklearn.metrics import f1_score
 from torch import Tensor
 
+from ispen_dist.config.inference import THRESHOLDS
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Codec, TaggingCodec
 from ispen_dist.data.segmentation import SegmentationCodec
 from ispen_dist.models.output_spaces import BinaryImages
-
-THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 
 
 class Metrics(Protocol):

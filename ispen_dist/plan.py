@@ -175,10 +175,11 @@ def describe(config: Config, splits: Splits, num_ranks: int, runtime: Runtime) -
     epochs = inner_steps * config.inner.batch_size / len(splits.train)
     products = outer_steps * _num_products(config.solver)
     test = len(splits.test) if splits.test is not None else 0
+    dev = f"{len(splits.dev)}{', trained on' if config.data.train_on_dev else ''}"
     copies = _copies(config) + 3  # Two moments, and the best.
     first_order = "bfloat16" if runtime.low_precision else train.dtype
     lines = [
-        ("examples", f"train {len(splits.train)}, dev {len(splits.dev)}, test {test}"),
+        ("examples", f"train {len(splits.train)}, dev {dev}, test {test}"),
         ("parameters", f"theta {sizes.theta:,}, phi {sizes.phi:,} learned of {sizes.energy:,}"),
         (
             "steps",

@@ -166,11 +166,21 @@ class Trainer:
             reduction=self.session.reduction,
         )
 
+    @property
+    def _threshold(self) -> float | None:
+        """The decision threshold of the settings; None where it is tuned on dev."""
+        return self.config.inference.threshold or None
+
     def _evaluate_and_select(self) -> None:
-        """Evaluate on dev and keep the best networks, see `Schedule.select_after`."""
+        """Evaluate on dev and keep the best networks, see `Schedule.select_after`.
+
+        Where dev is trained on, it selects nothing: the present networks are kept.
+        """
         with self.average.in_place():
-            dev = self._evaluate(self.splits.dev)
-            self.folder.record_dev(self.round, dev)
+            dev: dict[str, float] = {}
+            if not self.config.data.train_on_dev:
+                dev = self._evaluate(self.splits.dev, self._threshold)
+                self.folder.record_dev(self.round, dev)
             head = self.engines.energy.collect(self.engines.energy.groups["head"])
             interaction = self.players.interaction(head)
             self.folder.record_interaction(self.round, interaction, self.splits.codec.output_names)
@@ -179,10 +189,10 @@ class Trainer:
 
     def _finish(self, checkpoints: Mapping[str, float]) -> dict[str, Any]:
         """Restore the best networks, read test once, export, and write the summary."""
-        if not self.selection.dev:
+        if not self.selection.networks:
             self._evaluate_and_select()
         self.selection.load()
-        threshold = self.selection.dev.get("threshold")
+        threshold = self._threshold or self.selection.dev.get("threshold")
         test_set = self.splits.test if self.config.train.read_test else None
         test = self._evaluate(test_set, threshold) if test_set else {}
         summary = {

@@ -153,6 +153,13 @@ TAGGING = {
     "one structure for two": (
         {"outer": {"objective": "ssvm_plus"}}, "inference.cost_augmented: expected true",
     ),
+    "threshold of tags": (
+        {"inference": {"threshold": 0.5}}, "inference.threshold: expected 0 for data.task=tagging",
+    ),
+    "patience without a dev set": (
+        {"data": {"train": ["x"], "train_on_dev": True}, "train": {"patience": 3}},
+        "train.patience: expected 0 with data.train_on_dev, got 3",
+    ),
     "damping that cannot grow": (
         {"solver": {"on_failure": "damp", "damping": 0.0}},
         "solver.damping: expected a number above 0",

@@ -36,6 +36,8 @@ ROOT = Path(__file__).parent.parent
         ({"search_of": {"crf": ["inner.steps"]}}, "search_of.crf: expected one of mle"),
         ({"search_of": {"mle": []}}, "search_of.mle: expected some of the settings of search, in"),
         ({"search_of": {"mle": ["inner.stepz"]}}, "search, inner.energy_weight, inner.steps, foun"),
+        ({"refit": "mle"}, "refit: expected some of mle, nce_explicit, nce_implicit, found 'mle'"),
+        ({"refit": ["crf"]}, "refit: expected some of mle, nce_explicit, nce_implicit, found ["),
         ({"base": "no.yaml"}, "base: expected a file, found"),
         ({"more_methods": ["crf"]}, "more_methods: expected a base, found 'none'"),
     ],

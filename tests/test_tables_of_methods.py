@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ class FakeRuns:
             raise RunFailed(run, code, run.log)
         weight = run.settings.get("inner.energy_weight", 1.0)
         dev = {"f1": 0.5 - abs(weight - 2.0) / 100, "threshold": 0.3}
+        dev = {} if run.settings.get("data.train_on_dev") else dev
         read = run.settings.get("train.read_test", True)
         test = {"f1": 0.4 + run.settings["train.seed"] / 100, "threshold": 0.3} if read else {}
         run.folder.mkdir(parents=True)
@@ -231,6 +233,34 @@ def test_methods_of_earlier_commands_stay_while_their_settings_do(table, tmp_pat
     table = read_table(tmp_path / "tiny.yaml", tmp_path)
     shown, _, text = methods_after("sixth", methods=["nce_implicit"], budget=0)
     assert shown == ["nce_explicit", "nce_implicit"]
+
+
+def test_a_refit_follows_each_seed_with_what_was_chosen_on_dev(table, tmp_path):
+    table = replace(table, refit=("nce_implicit",))
+    with pytest.raises(KeyboardInterrupt):
+        go(table, tmp_path / "runs", FakeRuns(dies_before=15))
+    runs = FakeRuns()
+    grid = go(table, tmp_path / "runs", runs)
+    assert grid.num_runs == 3 * 3 + 4 * 2
+    chosen = yaml.safe_load((tmp_path / "runs" / "nce_implicit" / "chosen.yaml").read_text())
+    weight = {f"{s}.{k}": v for s, keys in (chosen or {}).items() for k, v in keys.items()}
+    fitted = {"data.train_on_dev": True, "inference.threshold": 0.3}
+    assert asked(runs, tmp_path / "runs") == {
+        f"nce_implicit_refit/seed-{seed}": {**weight, "train.seed": seed, **fitted}
+        for seed in range(2)
+    }
+    paths = grid.write(tmp_path / "out")
+    rows = list(csv.DictReader(paths[0].open()))
+    assert [row["method"] for row in rows] == [*table.method_files, "nce_implicit_refit"]
+    assert (rows[3]["test_mean"], rows[3]["dev_mean"]) == ("0.4050", "")
+    assert "| nce_implicit_refit | f1 | 2 | 3 | 0.4050 +- 0.0071 | - |" in paths[1].read_text()
+    # The record is read again, and a table without the refit leaves it there.
+    go(table, tmp_path / "again", FakeRuns(), methods=["mle"]).write(tmp_path / "out")
+    assert [run.seed for run in read_record(paths[3])["nce_implicit_refit"]] == [0, 1]
+    without = replace(table, refit=())
+    go(without, tmp_path / "runs", FakeRuns()).write(tmp_path / "out")
+    assert "nce_implicit_refit" not in paths[0].read_text()
+    assert "nce_implicit_refit" in read_record(paths[3])
 
 
 def test_runs_of_other_settings_do_not_enter_under_the_present_ones(table, tmp_path):

@@ -31,6 +31,10 @@ class DataConfig:
     """Share of train that becomes dev where neither a dev file nor a split file is given."""
     dev_seed: int = 0
     """Seed of that split."""
+    train_on_dev: bool = False
+    """Train on the dev examples as well, once everything has been chosen on them: dev is not
+    evaluated, and the networks of the last round are kept. Label sets need `inference.threshold`
+    then."""
     token_column: int = 0
     """CoNLL: zero-based column of the token."""
     tag_column: int = 1

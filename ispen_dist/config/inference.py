@@ -5,6 +5,9 @@ from typing import Literal
 
 from ispen_dist.config.checks import ANY, check, check_ranges
 
+THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+"""Decision thresholds of label sets that are tried on dev."""
+
 
 @dataclass(frozen=True)
 class InferenceConfig:
@@ -32,6 +35,8 @@ class InferenceConfig:
     """Share of the last step that is added to the next."""
     start: Literal["zeros", "potentials"] = "zeros"
     """Logits before the first step: zeros, or the local potentials of the energy."""
+    threshold: float = 0.0
+    """Label sets: the decision threshold besides 0.5, a multiple of 0.05. 0 tunes it on dev."""
     view_shifts: list[int] = field(default_factory=lambda: [0])
     """Segmentation: average the predicted mask over the image moved by each of these numbers of
     pixels down and by each to the right, -2, 0 and 2 for nine views. 0 is one of them."""
@@ -46,6 +51,13 @@ class InferenceConfig:
             energy_weight=(0.0, ANY),
             learning_rate=(0.0, ANY),
             momentum=(0.0, 0.999),
+            threshold=(0.0, 0.95),
+        )
+        check(
+            self.threshold in (0.0, *THRESHOLDS),
+            "inference.threshold",
+            f"0, or one of {', '.join(map(str, THRESHOLDS))}",
+            self.threshold,
         )
         check(
             not self.unrolled or self.name == "gradient_descent",

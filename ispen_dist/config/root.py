@@ -71,6 +71,13 @@ class Config:
         self._check_objective()
         if self.data.task != "segmentation":
             self._check_no_views()
+        if self.data.task != "multilabel":
+            expected = f"0 for data.task={self.data.task}"
+            hint = "only labels have a threshold"
+            threshold = self.inference.threshold
+            check(threshold == 0.0, "inference.threshold", expected, threshold, hint)
+        if self.data.train_on_dev:
+            self._check_final_fit()
         check(
             self.train.order == "alternate" or self.train.method == "explicit",
             "train.order",
@@ -152,6 +159,20 @@ class Config:
         ):
             shown = str(expected).lower()
             check(value == expected, setting, f"{shown} {where}", value, hint)
+
+    def _check_final_fit(self) -> None:
+        """Check that nothing is left to be chosen on dev."""
+        where = "with data.train_on_dev"
+        patience, threshold = self.train.patience, self.inference.threshold
+        hint = "no metric of dev says when to stop"
+        check(patience == 0, "train.patience", f"0 {where}", patience, hint)
+        check(
+            threshold > 0.0 or self.data.task != "multilabel",
+            "inference.threshold",
+            f"a threshold {where}",
+            threshold,
+            "take the one that was tuned without it, or 0.5",
+        )
 
     def _check_no_views(self) -> None:
         where = f"for data.task={self.data.task}"

@@ -43,7 +43,8 @@ class Splits:
     """The data sets of a run.
 
     Attributes:
-        train: for the inner problem, and for the outer one unless examples are held out.
+        train: for the inner problem, and for the outer one unless examples are held out; dev
+            besides with `data.train_on_dev`.
         dev: selects the model and tunes the threshold.
         test: read once, at the end; None where there is none.
         codec: numbers of tags or labels, and of features.
@@ -203,13 +204,18 @@ def _dense_splits(config: Config) -> Splits:
     return replace(parts, test=Subset(whole, test))
 
 
+def _train_files(data: DataConfig) -> list[Path]:
+    """Return the training files, the dev file among them where it is trained on."""
+    names = [*data.train, data.dev] if data.train_on_dev and data.dev else data.train
+    return [data_path(data, name) for name in names]
+
+
 def _tagging_splits(config: Config) -> Splits:
     data = config.data
     if data.format == "npz":
         return _dense_splits(config)
     sentences: list[Sentence] = []
-    for name in data.train:
-        path = data_path(data, name)
+    for path in _train_files(data):
         part = _read_sentences(data, path)
         _require_tags(part, path)
         sentences += part
@@ -236,7 +242,7 @@ def _require_spans(tags: Sequence[str]) -> None:
 
 
 def _multilabel_splits(config: Config) -> Splits:
-    paths = [data_path(config.data, name) for name in config.data.train]
+    paths = _train_files(config.data)
     first, *rest = [_read_table(config.data, path) for path in paths]
     for path, table in zip(paths, [first, *rest], strict=True):
         _require_targets(table, path)
@@ -245,7 +251,7 @@ def _multilabel_splits(config: Config) -> Splits:
 
 
 def _segmentation_splits(config: Config) -> Splits:
-    first, *rest = [read_images(data_path(config.data, name)) for name in config.data.train]
+    first, *rest = map(read_images, _train_files(config.data))
     whole = first.concatenate(rest)
     # The scale of the channels is that of all training files, as they are named in `data.train`.
     codec = SegmentationCodec.of(whole)
@@ -279,13 +285,16 @@ def _split(config: Config, whole: Dataset, codec: Codec) -> Splits:
     test = load_file(config, codec, data_path(data, data.test)) if data.test else None
     if data.split_file:
         rows = read_split_file(data_path(data, data.split_file), len(whole))
+        if data.train_on_dev:
+            rows["train"] = np.concatenate([rows["train"], rows["dev"]])
         parts = {name: Subset(whole, part) for name, part in rows.items()}
         return Splits(parts["train"], parts["dev"], parts.get("test", test), codec)
     if data.dev:
         dev = load_file(config, codec, data_path(data, data.dev))
         return Splits(whole, dev, test, codec)
     train_rows, dev_rows = seeded_split(len(whole), data.dev_fraction, data.dev_seed)
-    return Splits(Subset(whole, train_rows), Subset(whole, dev_rows), test, codec)
+    train = whole if data.train_on_dev else Subset(whole, train_rows)
+    return Splits(train, Subset(whole, dev_rows), test, codec)
 
 
 def hold_out(config: Config, train: Dataset) -> tuple[Dataset, Dataset]:

@@ -4,6 +4,7 @@ base: shared/methods.yaml            # its keys count where this file has none
 config: ../bibtex.yaml               # the task, relative to this file
 methods: [mle, nce_explicit]         # files of configs/methods/
 more_methods: [crf]                  # besides the base's methods
+refit: [nce_explicit]                # methods that are fitted on train and dev besides
 reference: mle                       # what the others are tested against, seed by seed
 metric: example_f1_at_0.5            # of dev; chooses the settings
 significance: paired_t               # or wilcoxon
@@ -19,7 +20,7 @@ search_of:                           # which of them a method searches; joined w
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from ispen_dist.config import ConfigError
 
 SIGNIFICANCE = ("paired_t", "wilcoxon")
 _REQUIRED = ("config", "methods", "reference", "metric", "search")
-_OPTIONAL = ("base", "more_methods", "significance", "budget", "seeds", "search_of")
+_OPTIONAL = ("base", "more_methods", "refit", "significance", "budget", "seeds", "search_of")
+_REFIT = "_refit"
 
 
 class TableError(ValueError):
@@ -63,6 +65,8 @@ class TableDefinition:
         budget: tuning runs of every method; 0 takes the files' own settings.
         seeds: final runs of every method.
         spaces: what is searched, by method.
+        refit: methods that are fitted once more for every seed, on train and dev, with what was
+            chosen on dev; in the table as METHOD_refit.
     """
 
     name: str
@@ -74,6 +78,16 @@ class TableDefinition:
     budget: int
     seeds: int
     spaces: Mapping[str, Space]
+    refit: Sequence[str] = ()
+
+    @property
+    def rows(self) -> list[str]:
+        """The methods in the order of the table, each before its refit."""
+        return [row for method in self.method_files for row in self.rows_of(method)]
+
+    def rows_of(self, method: str) -> list[str]:
+        """Return the method, and its refit where it has one."""
+        return [method, method + _REFIT] if method in self.refit else [method]
 
     def check_files(self) -> None:
         """Check that the files of the task and of all methods are there.
@@ -85,16 +99,19 @@ class TableDefinition:
             if not path.is_file():
                 raise TableError(f"table {self.name}: expected the file {path}, found none")
 
-    def settings_sum(self, method: str, budget: int) -> str:
-        """Return 12 hex digits that change with what a method is run with.
+    def settings_sum(self, row: str, budget: int) -> str:
+        """Return 12 hex digits that change with what a row of the table is run with.
 
         That is the settings of the task and of the method, where it is tuned its search too;
         comments and the order of keys do not count.
         """
+        method = next(m for m in self.method_files if row in self.rows_of(m))
         basis = [read_yaml(path) for path in (self.config, self.method_files[method])]
         if budget > 0:
             space = {name: str(values) for name, values in self.spaces[method].items()}
             basis += [space, self.metric]
+        if row != method:
+            basis.append(_REFIT)
         text = json.dumps(basis, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -171,6 +188,9 @@ class _Reader:
         self.check(
             significance in SIGNIFICANCE, "significance", " or ".join(SIGNIFICANCE), significance
         )
+        refit = values.get("refit", [])
+        some = isinstance(refit, list) and all(name in methods for name in refit)
+        self.check(some, "refit", f"some of {', '.join(methods)}", refit)
         return TableDefinition(
             name=self.path.stem,
             config=(self.path.parent / self.text(values, "config")).resolve(),
@@ -181,6 +201,7 @@ class _Reader:
             budget=self._count(values, "budget", 8, at_least=0),
             seeds=self._count(values, "seeds", 5, at_least=1),
             spaces=self._spaces(methods, values["search"], values.get("search_of", {})),
+            refit=tuple(refit),
         )
 
     def _names(self, key: str, methods: Any) -> list[str]:

@@ -4,12 +4,14 @@ RUNS/NAME/METHOD/study.journal        Optuna's memory
 RUNS/NAME/METHOD/tuning/trial-000/    a tuning run, with trial-000.log beside it
 RUNS/NAME/METHOD/chosen.yaml          the chosen settings
 RUNS/NAME/METHOD/seed-0/              a final run, with seed-0.log beside it
+RUNS/NAME/METHOD_refit/seed-0/        the same on train and dev, where the table asks for it
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,9 @@ from ispen_dist.tables.record import (
 from ispen_dist.tables.runs import Interrupted, Run, RunFailed, Runs
 from ispen_dist.tables.summary import csv_text, markdown_text, table_rows
 from ispen_dist.tables.tuning import Tuning
+
+Job = Callable[[TableProgress], list["Job"]]
+"""Runs something and returns what can be run then."""
 
 
 @dataclass
@@ -65,7 +70,11 @@ class Grid:
     @property
     def num_runs(self) -> int:
         """Runs in all."""
-        return len(self.methods) * (self.budget + self.seeds)
+        return len(self.methods) * self.budget + len(self._rows) * self.seeds
+
+    @property
+    def _rows(self) -> list[str]:
+        return [row for method in self.methods for row in self.table.rows_of(method)]
 
     def run(self, progress: TableProgress) -> None:
         """Do what is not done; a run that fails ends its method's tuning, and nothing else.
@@ -77,15 +86,12 @@ class Grid:
         lock.take()
         try:
             with ThreadPoolExecutor(self.jobs) as pool, self._stopping(pool):
-                # Methods that are tuned hand their final runs to the same workers.
-                pending: list[Future] = [
-                    pool.submit(self._tune, method, progress) for method in self.methods
-                ]
+                pending = [pool.submit(self._tune, method, progress) for method in self.methods]
                 while pending:
                     done, _ = wait(pending, return_when=FIRST_COMPLETED)
-                    more = [run for f in pending if f in done for run in self._next(f)]
+                    more = [job for f in pending if f in done for job in self._next(f)]
                     pending = [f for f in pending if f not in done]
-                    pending += [pool.submit(self._run, run, progress) for run in more]
+                    pending += [pool.submit(job, progress) for job in more]
         finally:
             lock.release()
 
@@ -99,8 +105,8 @@ class Grid:
             pool.shutdown(cancel_futures=True)
             raise
 
-    def _tune(self, method: str, progress: TableProgress) -> list[Run]:
-        """Tune a method and return its final runs."""
+    def _tune(self, method: str, progress: TableProgress) -> list[Job]:
+        """Tune a method and return the jobs of its seeds."""
 
         def execute(run: Run) -> dict[str, Any]:
             return self._run(run, progress)
@@ -114,12 +120,28 @@ class Grid:
             raise
         settings = tuning.run()
         return [
-            Run(tuning.files, {**settings, "train.seed": seed}, self._final(method, seed))
+            partial(self._train, method, tuning.files, {**settings, "train.seed": seed})
             for seed in range(self.seeds)
         ]
 
-    def _final(self, method: str, seed: int) -> Path:
-        return self.folder / method / f"seed-{seed}"
+    def _train(
+        self,
+        row: str,
+        files: tuple[Path, ...],
+        settings: Mapping[str, Any],
+        progress: TableProgress,
+    ) -> list[Job]:
+        """Take a final run and return the job of its refit, where it has one."""
+        run = Run(files, settings, self._final(row, settings["train.seed"]))
+        dev = self._run(run, progress)["dev"]
+        own = {**settings, "data.train_on_dev": True}
+        if "threshold" in dev:
+            own["inference.threshold"] = dev["threshold"]
+        refits = self.table.rows_of(row)[1:] if row in self.table.method_files else []
+        return [partial(self._train, refit, files, own) for refit in refits]
+
+    def _final(self, row: str, seed: int) -> Path:
+        return self.folder / row / f"seed-{seed}"
 
     def _run(self, run: Run, progress: TableProgress) -> dict[str, Any]:
         name = str(run.folder.relative_to(self.folder))
@@ -132,35 +154,33 @@ class Grid:
             progress.end(name, dev)
         return summary
 
-    def _next(self, done: Future) -> list[Run]:
-        """Return the final runs that a tuned method asks for; note what failed."""
+    def _next(self, done: Future[list[Job]]) -> list[Job]:
+        """Return the jobs that another makes possible; note what failed."""
         try:
-            result = done.result()
+            return done.result()
         except (RunFailed, TableError) as error:
             self.failures.append(str(error))
-            return []
         except Interrupted:
-            return []
-        return result if isinstance(result, list) else []
+            pass
+        return []
 
     def complete(self) -> dict[str, list[FinalRun]]:
-        """Return the final runs of the methods of which every seed is done."""
+        """Return the final runs of the rows of which every seed is done."""
         found = {}
-        for method in self.methods:
-            if method in self.refused:
-                continue
-            runs = [self._read(method, seed) for seed in range(self.seeds)]
+        asked = [method for method in self.methods if method not in self.refused]
+        for row in (row for method in asked for row in self.table.rows_of(method)):
+            runs = [self._read(row, seed) for seed in range(self.seeds)]
             if done := [run for run in runs if run is not None]:
-                found[method] = done
-        return {method: done for method, done in found.items() if len(done) == self.seeds}
+                found[row] = done
+        return {row: done for row, done in found.items() if len(done) == self.seeds}
 
-    def _read(self, method: str, seed: int) -> FinalRun | None:
-        folder = self._final(method, seed)
+    def _read(self, row: str, seed: int) -> FinalRun | None:
+        folder = self._final(row, seed)
         summary = Run((), {}, folder).summary()
         if summary is None:
             return None
         config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-        settings = self.table.settings_sum(method, self.budget)
+        settings = self.table.settings_sum(row, self.budget)
         return final_run(summary, config, self.budget, settings)
 
     def write(self, folder: Path) -> list[Path]:
@@ -179,7 +199,7 @@ class Grid:
         record = merged(read_record(seeds), self.complete())
         shown = current(self.table, record)
         rows = table_rows(self.table, shown)
-        missing = [method for method in self.methods if method not in shown]
+        missing = [row for row in self._rows if row not in shown]
         with ExitStack() as files:
             for path, text in (
                 (csv_path, csv_text(self.table, rows)),

@@ -7,6 +7,7 @@ made.
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class FinalRun:
     Attributes:
         seed: of the run.
         test: metrics on test.
-        dev: metrics on dev.
+        dev: metrics on dev; NaN where the run was trained on dev.
         seconds_per_epoch: of training, evaluations on dev included, for as many inner steps as
             read every training example once.
         budget: tuning runs before it.
@@ -61,7 +62,7 @@ def final_run(
     return FinalRun(
         seed=config["train"]["seed"],
         test=test,
-        dev={name: summary["dev"][name] for name in test},
+        dev={name: summary["dev"].get(name, math.nan) for name in test},
         seconds_per_epoch=seconds_per_round * rounds_per_epoch,
         budget=budget,
         settings=settings,
@@ -71,10 +72,10 @@ def final_run(
 def current(table: TableDefinition, record: Record) -> dict[str, Sequence[FinalRun]]:
     """Return the runs with the present settings of the table's methods, in the table's order."""
     return {
-        method: record[method]
-        for method in table.method_files
-        if method in record
-        and all(run.settings == table.settings_sum(method, run.budget) for run in record[method])
+        row: record[row]
+        for row in table.rows
+        if row in record
+        and all(run.settings == table.settings_sum(row, run.budget) for run in record[row])
     }
 
 

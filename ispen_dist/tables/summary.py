@@ -29,7 +29,7 @@ class Row:
         method: which.
         metric: which.
         test: values on test, in the order of seeds.
-        dev_mean: mean on dev.
+        dev_mean: mean on dev; NaN where dev was trained on.
         budget: tuning runs before.
         p_value: of the paired test against the reference, on the seeds that both have; None for
             the reference itself, and where those are fewer than two.
@@ -122,7 +122,7 @@ def csv_text(table: TableDefinition, rows: Sequence[Row]) -> str:
     for row in rows:
         writer.writerow(
             [table.name, row.method, row.metric, f"{row.mean:.4f}", f"{row.std:.4f}",
-             f"{row.dev_mean:.4f}", len(row.test), f"{row.seconds_per_epoch:.3f}",
+             _number(row.dev_mean, 4, ""), len(row.test), f"{row.seconds_per_epoch:.3f}",
              _number(row.overhead, 2, "")]
         )  # fmt: skip
     return file.getvalue()
@@ -157,8 +157,8 @@ def markdown_text(table: TableDefinition, rows: Sequence[Row], missing: Sequence
     for row in rows:
         cells = (
             row.method, row.metric, str(len(row.test)), str(row.budget),
-            f"{row.mean:.4f} +- {row.std:.4f}", f"{row.dev_mean:.4f}", _significance(row.p_value),
-            f"{row.seconds_per_epoch:.3f}", _number(row.overhead, 2),
+            f"{row.mean:.4f} +- {row.std:.4f}", _number(row.dev_mean, 4),
+            _significance(row.p_value), f"{row.seconds_per_epoch:.3f}", _number(row.overhead, 2),
             _number(row.implicit_overhead, 2),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
