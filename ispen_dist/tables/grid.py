@@ -7,6 +7,7 @@ RUNS/NAME/METHOD/seed-0/              a final run, with seed-0.log beside it
 RUNS/NAME/METHOD_refit/seed-0/        the same on train and dev, where the table asks for it
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -86,12 +87,16 @@ class Grid:
         lock.take()
         try:
             with ThreadPoolExecutor(self.jobs) as pool, self._stopping(pool):
-                pending = [pool.submit(self._tune, method, progress) for method in self.methods]
-                while pending:
+                waiting: deque[Job] = deque(partial(self._tune, name) for name in self.methods)
+                pending: list[Future[list[Job]]] = []
+                while waiting or pending:
+                    while waiting and len(pending) < self.jobs:
+                        pending.append(pool.submit(waiting.popleft(), progress))
                     done, _ = wait(pending, return_when=FIRST_COMPLETED)
                     more = [job for f in pending if f in done for job in self._next(f)]
                     pending = [f for f in pending if f not in done]
-                    pending += [pool.submit(job, progress) for job in more]
+                    # A method that was begun comes to its end before others begin.
+                    waiting.extendleft(reversed(more))
         finally:
             lock.release()
 
