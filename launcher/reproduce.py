@@ -101,7 +101,11 @@ def make_table(arguments: argparse.Namespace, console: Console) -> int:
         print("stopped; start the same command again to go on", file=sys.stderr)
         return Exit.REQUEUE
     written = grid.write(arguments.output)
-    console.print(Markdown(written[1].read_text("utf-8")), soft_wrap=False)
+    text = written[1].read_text("utf-8")
+    if console.is_terminal:
+        console.print(Markdown(text), soft_wrap=False)
+    else:
+        print(text)
     console.print(f"written: {', '.join(map(str, written))}")
     for failure in grid.failures:
         print(f"failed: {failure}", file=sys.stderr)

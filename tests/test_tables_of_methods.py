@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import subprocess
 import sys
 import time
@@ -265,6 +266,19 @@ def test_a_refit_follows_each_seed_with_what_was_chosen_on_dev(table, tmp_path):
     go(without, tmp_path / "runs", FakeRuns()).write(tmp_path / "out")
     assert "nce_implicit_refit" not in paths[0].read_text()
     assert "nce_implicit_refit" in read_record(paths[3])
+
+
+def test_progress_names_the_best_of_the_runs_that_have_a_dev_metric():
+    shown = io.StringIO()
+    with TableProgress(3, Console(file=shown, width=200)) as progress:
+        for name, dev in (("a_refit", math.nan), ("b", 0.5), ("c", None)):
+            progress.begin()
+            progress.end(name, dev)
+    assert shown.getvalue().splitlines() == [
+        "a_refit: done; done 1 of 3, running 0",
+        "b: dev 0.5000; done 2 of 3, running 0; best dev 0.5000 by b",
+        "c: failed; done 2 of 3, running 0, failed 1; best dev 0.5000 by b",
+    ]
 
 
 def test_runs_of_other_settings_do_not_enter_under_the_present_ones(table, tmp_path):

@@ -1,5 +1,6 @@
 """Progress of a table: one line that stays on a terminal, plain lines elsewhere."""
 
+import math
 import threading
 from collections import Counter
 
@@ -46,15 +47,19 @@ class TableProgress:
             self._refresh()
 
     def end(self, name: str, dev: float | None) -> None:
-        """Count a run that ended, with its dev metric, or None for one that failed."""
+        """Count a run that ended, with its dev metric, or None for one that failed.
+
+        The metric is NaN where a run was trained on dev.
+        """
         with self._lock:
             self.counts["running"] -= 1
             self.counts["done" if dev is not None else "failed"] += 1
-            if dev is not None and (self.best is None or dev > self.best[0]):
-                self.best = (dev, name)
+            figure = "failed" if dev is None else "done"
+            if dev is not None and not math.isnan(dev):
+                figure = f"dev {dev:.4f}"
+                self.best = max(self.best or (dev, name), (dev, name), key=lambda best: best[0])
             self._refresh()
             if not self._console.is_terminal:
-                figure = "failed" if dev is None else f"dev {dev:.4f}"
                 self._console.print(f"{name}: {figure}; {self}", soft_wrap=True, highlight=False)
 
     def _refresh(self) -> None:
