@@ -1,11 +1,13 @@
 """Make a table of the README: methods on a task, tuned on dev with equal budgets.
 
     python launcher/reproduce.py --table bibtex --jobs 2
+    python launcher/reproduce.py --table bibtex --show --reference mle_task
 
 Tunes every method of configs/tables/NAME.yaml with the same number of runs, trains it once per
 seed with the chosen settings, reads test once per seed, and writes profiling/results/NAME.csv, .md
 and .png, and every seed to NAME_seeds.csv: other commands add their methods to it. Started again it
-goes on where it was. Exit code 1 if a run failed.
+goes on where it was. With --show nothing is run or written: the table of the recorded seeds is
+printed, tested against any of its methods. Exit code 1 if a run failed.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -26,8 +29,9 @@ from ispen_dist.exits import Exit
 from ispen_dist.tables.definition import TableDefinition, TableError, read_table, table_paths
 from ispen_dist.tables.grid import Grid
 from ispen_dist.tables.progress import TableProgress
-from ispen_dist.tables.record import read_record, record_path
+from ispen_dist.tables.record import current, read_record, record_path
 from ispen_dist.tables.runs import LocalRuns, Runs, SlurmRuns
+from ispen_dist.tables.summary import markdown_text, table_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE_GPU = "--nodes 1 --gpus-per-node 1"
@@ -42,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         list_tables([read_table(path, methods) for path in table_paths(tables)], console)
         return Exit.DONE
     try:
-        return make_table(arguments, console)
+        return (show_table if arguments.show else make_table)(arguments, console)
     except (ConfigError, TableError) as error:
         print(f"error: {error}", file=sys.stderr)
         return Exit.CONFIGURATION
@@ -57,6 +61,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--table", metavar="NAME", help="a file of configs/tables/, without .yaml")
     what.add_argument("--list", action="store_true", help="show all tables and what they cost")
+    add("--show", action="store_true", help="print the table of NAME_seeds.csv, and run nothing")
+    add("--reference", metavar="METHOD",
+        help="with --show: what p is against; default: as the table says")  # fmt: skip
     add("--methods", help="comma-separated; default: all of the table")
     add("--seeds", type=int, help="final runs of a method; default: as the table says")
     add("--budget", type=int, help="tuning runs of a method; default: as the table says")
@@ -73,6 +80,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         count = getattr(arguments, name)
         if count is not None and count < least:
             parser.error(f"--{name}: expected a whole number of at least {least}, got {count}")
+    if arguments.reference is not None and not arguments.show:
+        parser.error("--reference: expected --show with it; what is written keeps the table's own")
     if arguments.gpus and arguments.slurm:
         parser.error("expected --gpus or --slurm, got both; GPUs of jobs are flags of --slurm")
     return arguments
@@ -101,15 +110,34 @@ def make_table(arguments: argparse.Namespace, console: Console) -> int:
         print("stopped; start the same command again to go on", file=sys.stderr)
         return Exit.REQUEUE
     written = grid.write(arguments.output)
-    text = written[1].read_text("utf-8")
-    if console.is_terminal:
-        console.print(Markdown(text), soft_wrap=False)
-    else:
-        print(text)
+    show(written[1].read_text("utf-8"), console)
     console.print(f"written: {', '.join(map(str, written))}")
     for failure in grid.failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if grid.failures else Exit.DONE
+
+
+def show_table(arguments: argparse.Namespace, console: Console) -> int:
+    """Print the table of the recorded seeds."""
+    table = find_table(arguments)
+    path = record_path(arguments.output, table)
+    record = current(table, read_record(path))
+    reference = table.reference if arguments.reference is None else arguments.reference
+    if arguments.reference is not None and reference not in record:
+        known = ", ".join(record) or "none"
+        raise TableError(f"--reference: expected a method of {path}, {known}, got {reference!r}")
+    table = replace(table, reference=reference)
+    missing = [row for row in table.rows if row not in record]
+    show(markdown_text(table, table_rows(table, record), missing), console)
+    return Exit.DONE
+
+
+def show(text: str, console: Console) -> None:
+    """Print Markdown, as a table of the terminal where there is one."""
+    if console.is_terminal:
+        console.print(Markdown(text), soft_wrap=False)
+    else:
+        print(text)
 
 
 def find_table(arguments: argparse.Namespace) -> TableDefinition:

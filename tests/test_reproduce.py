@@ -9,6 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from programs import called
+from scipy import stats
+from small_table import TABLE
+
+from ispen_dist.tables.definition import read_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,3 +57,36 @@ def test_a_table_of_two_methods_from_data_to_picture(tmp_path):
     found = list(csv.DictReader((tmp_path / "tiny.csv").open()))
     assert {row["method"] for row in found} == {"mle", "implicit"}
     assert all(row["seeds"] == "2" and float(row["seconds_per_epoch"]) > 0 for row in found)
+
+
+COLUMNS = "dataset,method,seed,metric,test,dev,seconds_per_epoch,budget,settings"
+SEEDS = {"mle": (0.40, 0.42, 0.43), "nce_explicit": (0.44, 0.45, 0.44)}
+
+
+def test_recorded_seeds_are_shown_against_any_method_and_nothing_is_run(tmp_path):
+    for method in TABLE["methods"]:
+        (tmp_path / f"{method}.yaml").write_text("train: {method: mle}\n")
+    (tmp_path / "task.yaml").write_text("data: {}\n")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TABLE))
+    table = read_table(tmp_path / "tiny.yaml", tmp_path)
+    rows = [
+        f"tiny,{method},{seed},f1,{test},0.5,1.0,0,{table.settings_sum(method, 0)}"
+        for method, values in SEEDS.items()
+        for seed, test in enumerate(values)
+    ]
+    (tmp_path / "tiny_seeds.csv").write_text("\n".join([COLUMNS, *rows]) + "\n")
+    before = sorted(tmp_path.rglob("*"))
+    flags = ("--tables", tmp_path, "--method-files", tmp_path, "--output", tmp_path)
+    command = ("reproduce.py", "--table", "tiny", *flags, "--show")
+    expected = stats.ttest_rel(SEEDS["mle"], SEEDS["nce_explicit"]).pvalue
+    printed, _ = called(*command)
+    assert f"| nce_explicit | f1 | 3 | 0 | 0.4433 +- 0.0058 | 0.5000 | {expected:.4f} |" in printed
+    printed, _ = called(*command, "--reference", "nce_explicit")
+    assert f"| mle | f1 | 3 | 0 | 0.4167 +- 0.0153 | 0.5000 | {expected:.4f} |" in printed
+    assert "p against nce_explicit" in printed
+    assert "left out: nce_implicit" in printed
+    _, error = called(*command, "--reference", "nce_implicit", expect=2)
+    assert "mle, nce_explicit, got 'nce_implicit'" in error
+    _, error = called(*command[:-1], "--reference", "mle", expect=2)
+    assert "--reference: expected --show with it" in error
+    assert sorted(tmp_path.rglob("*")) == before
