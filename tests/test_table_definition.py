@@ -38,6 +38,10 @@ ROOT = Path(__file__).parent.parent
         ({"search_of": {"mle": ["inner.stepz"]}}, "search, inner.energy_weight, inner.steps, foun"),
         ({"refit": "mle"}, "refit: expected some of mle, nce_explicit, nce_implicit, found 'mle'"),
         ({"refit": ["crf"]}, "refit: expected some of mle, nce_explicit, nce_implicit, found ["),
+        (
+            {"methods": ["mle", "mle_refit"], "search_of": {}, "refit": ["mle"]},
+            "methods: expected no method with the name of a refit, ['mle_refit'], found",
+        ),
         ({"base": "no.yaml"}, "base: expected a file, found"),
         ({"more_methods": ["crf"]}, "more_methods: expected a base, found 'none'"),
     ],

@@ -250,9 +250,9 @@ def test_a_refit_follows_each_seed_with_what_was_chosen_on_dev(table, tmp_path):
     fitted = weight | {"data.train_on_dev": True, "inference.threshold": 0.3}
     # Seed 0 was done when the first command died.
     assert list(asked(runs, tmp_path / "runs").items()) == [
-        ("nce_implicit_refit/seed-0", fitted | {"train.seed": 0}),
+        ("nce_implicit/refit-0", fitted | {"train.seed": 0}),
         ("nce_implicit/seed-1", weight | {"train.seed": 1}),
-        ("nce_implicit_refit/seed-1", fitted | {"train.seed": 1}),
+        ("nce_implicit/refit-1", fitted | {"train.seed": 1}),
     ]
     paths = grid.write(tmp_path / "out")
     rows = list(csv.DictReader(paths[0].open()))

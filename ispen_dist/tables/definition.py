@@ -89,6 +89,10 @@ class TableDefinition:
         """Return the method, and its refit where it has one."""
         return [method, method + _REFIT] if method in self.refit else [method]
 
+    def method_of(self, row: str) -> str:
+        """Return the method of a row."""
+        return next(method for method in self.method_files if row in self.rows_of(method))
+
     def check_files(self) -> None:
         """Check that the files of the task and of all methods are there.
 
@@ -105,7 +109,7 @@ class TableDefinition:
         That is the settings of the task and of the method, where it is tuned its search too;
         comments and the order of keys do not count.
         """
-        method = next(m for m in self.method_files if row in self.rows_of(m))
+        method = self.method_of(row)
         basis = [read_yaml(path) for path in (self.config, self.method_files[method])]
         if budget > 0:
             space = {name: str(values) for name, values in self.spaces[method].items()}
@@ -191,6 +195,8 @@ class _Reader:
         refit = values.get("refit", [])
         some = isinstance(refit, list) and all(name in methods for name in refit)
         self.check(some, "refit", f"some of {', '.join(methods)}", refit)
+        taken = [name + _REFIT for name in refit if name + _REFIT in methods]
+        self.check(not taken, "methods", f"no method with the name of a refit, {taken}", methods)
         return TableDefinition(
             name=self.path.stem,
             config=(self.path.parent / self.text(values, "config")).resolve(),

@@ -4,7 +4,7 @@ RUNS/NAME/METHOD/study.journal        Optuna's memory
 RUNS/NAME/METHOD/tuning/trial-000/    a tuning run, with trial-000.log beside it
 RUNS/NAME/METHOD/chosen.yaml          the chosen settings
 RUNS/NAME/METHOD/seed-0/              a final run, with seed-0.log beside it
-RUNS/NAME/METHOD_refit/seed-0/        the same on train and dev, where the table asks for it
+RUNS/NAME/METHOD/refit-0/             the same on train and dev, where the table asks for it
 """
 
 from collections import deque
@@ -146,7 +146,8 @@ class Grid:
         return [partial(self._train, refit, files, own) for refit in refits]
 
     def _final(self, row: str, seed: int) -> Path:
-        return self.folder / row / f"seed-{seed}"
+        method = self.table.method_of(row)
+        return self.folder / method / f"{'seed' if row == method else 'refit'}-{seed}"
 
     def _run(self, run: Run, progress: TableProgress) -> dict[str, Any]:
         name = str(run.folder.relative_to(self.folder))
