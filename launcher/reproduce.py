@@ -1,7 +1,7 @@
 """Make a table of the README: methods on a task, tuned on dev with equal budgets.
 
     python launcher/reproduce.py --table bibtex --jobs 2
-    python launcher/reproduce.py --table bibtex --show --reference mle_task
+    python launcher/reproduce.py --table yeast --show --reference mle_task
 
 Tunes every method of configs/tables/NAME.yaml with the same number of runs, trains it once per
 seed with the chosen settings, reads test once per seed, and writes profiling/results/NAME.csv, .md
@@ -122,9 +122,11 @@ def show_table(arguments: argparse.Namespace, console: Console) -> int:
     table = find_table(arguments)
     path = record_path(arguments.output, table)
     record = current(table, read_record(path))
-    reference = table.reference if arguments.reference is None else arguments.reference
-    if arguments.reference is not None and reference not in record:
-        known = ", ".join(record) or "none"
+    if not record:
+        raise TableError(f"--show: expected seeds with the present settings in {path}, found none")
+    reference = arguments.reference or table.reference
+    if arguments.reference and reference not in record:
+        known = ", ".join(record)
         raise TableError(f"--reference: expected a method of {path}, {known}, got {reference!r}")
     table = replace(table, reference=reference)
     missing = [row for row in table.rows if row not in record]

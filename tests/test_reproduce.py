@@ -74,10 +74,12 @@ def test_recorded_seeds_are_shown_against_any_method_and_nothing_is_run(tmp_path
         for method, values in SEEDS.items()
         for seed, test in enumerate(values)
     ]
-    (tmp_path / "tiny_seeds.csv").write_text("\n".join([COLUMNS, *rows]) + "\n")
-    before = sorted(tmp_path.rglob("*"))
     flags = ("--tables", tmp_path, "--method-files", tmp_path, "--output", tmp_path)
     command = ("reproduce.py", "--table", "tiny", *flags, "--show")
+    _, error = called(*command, expect=2)
+    assert "--show: expected seeds with the present settings in" in error
+    (tmp_path / "tiny_seeds.csv").write_text("\n".join([COLUMNS, *rows]) + "\n")
+    before = sorted(tmp_path.rglob("*"))
     expected = stats.ttest_rel(SEEDS["mle"], SEEDS["nce_explicit"]).pvalue
     printed, _ = called(*command)
     assert f"| nce_explicit | f1 | 3 | 0 | 0.4433 +- 0.0058 | 0.5000 | {expected:.4f} |" in printed
