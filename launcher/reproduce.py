@@ -82,6 +82,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: expected a whole number of at least {least}, got {count}")
     if arguments.reference is not None and not arguments.show:
         parser.error("--reference: expected --show with it; what is written keeps the table's own")
+    for name in ("methods", "seeds", "budget"):
+        if arguments.show and getattr(arguments, name) is not None:
+            parser.error(f"--{name}: expected none with --show, which runs nothing")
     if arguments.gpus and arguments.slurm:
         parser.error("expected --gpus or --slurm, got both; GPUs of jobs are flags of --slurm")
     return arguments

@@ -91,4 +91,6 @@ def test_recorded_seeds_are_shown_against_any_method_and_nothing_is_run(tmp_path
     assert "mle, nce_explicit, got 'nce_implicit'" in error
     _, error = called(*command[:-1], "--reference", "mle", expect=2)
     assert "--reference: expected --show with it" in error
+    _, error = called(*command, "--seeds", "3", expect=2)
+    assert "--seeds: expected none with --show" in error
     assert sorted(tmp_path.rglob("*")) == before

@@ -142,8 +142,7 @@ class Grid:
         own = {**settings, "data.train_on_dev": True}
         if "threshold" in dev:
             own["inference.threshold"] = dev["threshold"]
-        refits = self.table.rows_of(row)[1:] if row in self.table.method_files else []
-        return [partial(self._train, refit, files, own) for refit in refits]
+        return [partial(self._train, refit, files, own) for refit in self.table.rows_of(row)[1:]]
 
     def _final(self, row: str, seed: int) -> Path:
         method = self.table.method_of(row)
