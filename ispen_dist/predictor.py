@@ -164,7 +164,10 @@ def _codec(values: dict[str, Any]) -> Codec:
     if "size" in values:
         height, width, channels = values["size"]
         return SegmentationCodec(
-            (height, width, channels), tuple(values["mean"]), tuple(values["deviation"])
+            (height, width, channels),
+            tuple(values["mean"]),
+            tuple(values["deviation"]),
+            values.get("output_stride", 1),
         )
     return MultiLabelCodec(tuple(values["labels"]), tuple(values["feature_names"]))
 

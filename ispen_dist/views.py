@@ -19,10 +19,12 @@ def averaged(logits: Logits, config: InferenceConfig) -> Logits:
     """Return logits whose sigmoid is the mean probability over the views that show a pixel.
 
     A view is the image, or its mirror image, moved by one of `view_shifts` down and by one to the
-    right. What comes in from beyond an edge is mirrored, as in training, and not counted.
+    right, in pixels of the image, whole ones of the mask. What comes in from beyond an edge is
+    mirrored, as in training, and not counted.
 
     Args:
-        logits: `inputs -> logits` (B, H, W) of the masks of `inputs["image"]` (B, C, H, W).
+        logits: `inputs -> logits` (B, H, W) of the masks of `inputs["image"]` (B, C, s H, s W),
+            s the output stride.
         config: which views; without any, `logits` is returned.
     """
     if not config.averages_views:
@@ -30,13 +32,15 @@ def averaged(logits: Logits, config: InferenceConfig) -> Logits:
 
     def average(inputs: Inputs) -> Tensor:
         image = inputs["image"]
-        nothing = image.new_full((len(image), *image.shape[-2:]), -torch.inf)
-        inside, outside = nothing, nothing  # Log of the sums of p and of 1 - p.
+        # Log of the sums of p and of 1 - p.
+        inside = outside = image.new_tensor(-torch.inf)
         for mirrored in (False, True) if config.view_mirrored else (False,):
             for down in config.view_shifts:
                 for right in config.view_shifts:
                     view = _moved(image.flip(-1) if mirrored else image, down, right)
-                    seen = _moved_back(logits({**inputs, "image": view}), down, right)
+                    seen = logits({**inputs, "image": view})
+                    stride = image.shape[-1] // seen.shape[-1]
+                    seen = _moved_back(seen, down // stride, right // stride)
                     seen = seen.flip(-1) if mirrored else seen
                     inside = torch.logaddexp(inside, F.logsigmoid(seen).nan_to_num(-torch.inf))
                     outside = torch.logaddexp(outside, F.logsigmoid(-seen).nan_to_num(-torch.inf))

@@ -168,8 +168,8 @@ def tagging_config(
     )
 
 
-def segmentation_codec() -> SegmentationCodec:
-    return SegmentationCodec((5, 4, 2), (0.0, 0.0), (1.0, 1.0))
+def segmentation_codec(stride: int = 1) -> SegmentationCodec:
+    return SegmentationCodec((5 * stride, 4 * stride, 2), (0.0, 0.0), (1.0, 1.0), stride)
 
 
 def segmentation_config(network: str = "fcn", **outer: object) -> Config:

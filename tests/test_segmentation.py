@@ -13,7 +13,7 @@ from malformed import check_error
 from sklearn.metrics import jaccard_score
 
 from ispen_dist.command_line import load_config
-from ispen_dist.config import DataConfig
+from ispen_dist.config import ConfigError, DataConfig
 from ispen_dist.data.errors import DataError
 from ispen_dist.data.images import ImageTable, read_images
 from ispen_dist.data.loading import load_splits
@@ -53,6 +53,11 @@ MALFORMED = {
     "no channels": (archive(images=IMAGES[..., 0]), "image row column channel", "(3, 5, 4)"),
     "text": (archive(images=IMAGES.astype(str), masks=MASKS), "images: expected numbers", "<U3"),
     "fewer masks": (archive(images=IMAGES, masks=MASKS[:2]), "(3, 5, 4)", "(2, 5, 4)"),
+    "masks of another shape": (
+        archive(images=IMAGES, masks=MASKS[:, :1, :2]),
+        "(3, 5, 4)",
+        "(3, 1, 2)",
+    ),
     "NaN": (archive(images=with_value(IMAGES, np.nan)), "images[1, 2, 3, 0]", "nan"),
     "grey mask": (archive(images=IMAGES, masks=with_value(MASKS, 2)), "masks[1, 2, 3]", "2"),
     "objects": (archive(images=np.array([[[[None]]]])), "numbers under 'images'", "pickled"),
@@ -73,6 +78,53 @@ def test_images_of_another_size_or_without_masks_are_refused(write):
         table.concatenate([other])
     with pytest.raises(DataError, match=r"b\.npz: expected an array 'masks'"):
         other.require_masks()
+
+
+def test_masks_may_be_smaller_and_in_a_file_of_their_own(write):
+    large = IMAGES.repeat(2, 1).repeat(2, 2)
+    images = write(archive(images=large, masks=large[..., 0] > 99), "large.npz")
+    masks = write(archive(masks=MASKS), "masks.npz")
+    table = read_images(images, masks)
+    assert table.output_stride == 2
+    assert (table.require_masks() == MASKS).all()
+    with pytest.raises(DataError, match=r"large\.npz: masks: expected .*\(5, 4\).*got \(10, 8\)"):
+        table.concatenate([read_images(images)])
+    codec = SegmentationCodec.of(table)
+    assert (codec.mask_size, codec.num_inputs, codec.num_outputs) == ((5, 4), 8, 20)
+    unlabelled = SegmentationDataset(replace(table, masks=None), codec).collate([0])
+    assert unlabelled.target.shape == (1, 5, 4)
+
+
+def test_the_settings_name_files_of_masks_by_file_of_images(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((9, 10, 8, 2)), masks=np.zeros((9, 10, 8)))
+    np.savez(tmp_path / "small.npz", masks=np.eye(5)[None, :, :4].repeat(9, 0))
+    config = problems.segmentation_config()
+    data = replace(config.data, root=str(tmp_path), train=["a.npz"], masks={"a.npz": "small.npz"})
+    splits = load_splits(replace(config, data=data))
+    assert (splits.dev.collate([0]).target[0].numpy() == np.eye(5)[:, :4]).all()
+    own = load_splits(replace(config, data=replace(data, masks={})))
+    assert own.dev.collate([0]).target.shape == (1, 10, 8)
+    with pytest.raises(ConfigError, match=r"data\.masks: expected files .*a\.npz.*got 'b\.npz"):
+        replace(data, masks={"b.npz": "small.npz"})
+    with pytest.raises(ConfigError, match=r"data\.masks: .*data\.task=tagging"):
+        DataConfig(train=["a.conll"], masks={"a.conll": "small.npz"})
+
+
+@pytest.mark.parametrize(
+    "settings", [{"flip": True, "shift": 2}, {"rotate": 40.0}], ids=["moved", "turned"]
+)
+def test_a_smaller_mask_moves_as_far_as_its_image(settings):
+    target = torch.zeros(5, 12, 12, dtype=torch.float64)
+    target[:, 3:6, 4:9] = 1.0
+    batch = replace(problems.random_segmentation_batch(5), target=target)
+    image = target.repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1)
+    settings = {**settings, "shift": 4 * settings.get("shift", 0)}
+    seen = Augmentation(seed=3, **settings)(replace(batch, inputs={"image": image}), 7)
+    assert not torch.equal(seen.target, target)
+    shrunk = torch.nn.functional.avg_pool2d(seen.inputs["image"], 4)[:, 0] > 0.5
+    # Only where the outline is turned may a pixel of the mask be cut otherwise than its image.
+    different = (shrunk != seen.target.bool()).double().mean()
+    assert different == 0.0 if not settings.get("rotate") else different < 0.03
 
 
 def test_a_batch_has_standardised_channels():
@@ -184,25 +236,28 @@ def test_the_interaction_of_the_energy_is_its_mixed_second_derivative():
     torch.testing.assert_close(players.energy.interaction(), hessian[0, 2, 2, 0])
 
 
-def test_a_model_predicts_masks_into_a_file(tmp_path, write):
-    codec = problems.segmentation_codec()
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_model_predicts_masks_into_a_file(tmp_path, write, stride):
+    codec = problems.segmentation_codec(stride)
     players = build_players(problems.segmentation_config(), codec, torch.device("cpu"))
     Predictor(players, codec).save_pretrained(tmp_path / "model")
     predictor = Predictor.from_pretrained(tmp_path / "model")
-    source = write(archive(images=IMAGES), "new.npz")
+    source = write(archive(images=IMAGES.repeat(stride, 1).repeat(stride, 2)), "new.npz")
     predict_file(predictor, source, tmp_path / "out.npz", probabilities=True)
     with np.load(tmp_path / "out.npz") as written:
         assert (written["masks"] == (written["probabilities"] > 0.5)).all()
     assert read_images(tmp_path / "out.npz").require_masks().shape == (3, 5, 4)
 
 
-def test_the_horses_are_cut_as_their_split_file_says(shared_data, monkeypatch):
+@pytest.mark.parametrize(("name", "side"), [("weizmann_horses", 32), ("weizmann_horses_64", 64)])
+def test_the_horses_are_cut_as_their_split_file_says(name, side, shared_data, monkeypatch):
     if not (shared_data / "weizmann_horses").is_dir():
         pytest.skip(f"no weizmann_horses in {shared_data}")
     monkeypatch.setenv("ISPEN_DATA", str(shared_data))
-    splits = load_splits(load_config(ROOT / "configs" / "weizmann_horses.yaml"))
+    splits = load_splits(load_config(ROOT / "configs" / f"{name}.yaml"))
     assert splits.test is not None
     assert [len(splits.train), len(splits.dev), len(splits.test)] == [160, 40, 128]
     batch = splits.train.collate([0, 5])
-    assert batch.inputs["image"].shape == (2, 3, 32, 32)
+    assert batch.inputs["image"].shape == (2, 3, side, side)
+    assert batch.target.shape == (2, 32, 32)
     assert 0.02 < batch.target.mean() < 0.6

@@ -59,10 +59,15 @@ class DataConfig:
     """svmlight: number of labels."""
     zero_based: bool = True
     """svmlight: whether feature indices start at zero."""
+    masks: dict[str, str] = field(default_factory=dict)
+    """Segmentation: by file of images, the file whose masks stand in the place of its own. Masks
+    may be smaller than the images by one whole factor, the output stride; then so is what is
+    predicted."""
     flip: bool = False
     """Segmentation: mirror training images left and right at random."""
     shift: int = 0
-    """Segmentation: shift training images by up to as many pixels each way at random."""
+    """Segmentation: shift training images by up to as many pixels each way at random, whole pixels
+    of the mask."""
     rotate: float = 0.0
     """Segmentation: turn training images by up to as many degrees each way at random."""
     zoom: float = 0.0
@@ -99,6 +104,12 @@ class DataConfig:
             self.format,
             "change data.format or data.task",
         )
+        if self.masks:
+            kind, files = self.task, [*self.train, self.dev, self.test, *self.extra.values()]
+            check(kind == "segmentation", "data.masks", f"none for data.task={kind}", self.masks)
+            unknown = ", ".join(sorted(set(self.masks) - set(files)))
+            expected = f"files of images, of {', '.join(filter(None, files))}"
+            check(not unknown, "data.masks", expected, unknown)
         if self.format == "arff":
             check(
                 bool(self.labels_xml),

@@ -1,7 +1,8 @@
 """Images with foreground masks as NumPy archives.
 
-Keys: `images` (N, H, W, C), finite numbers of any type, and `masks` (N, H, W) of 0 and 1. A file
-without masks is unlabelled. Other keys are not read.
+Keys: `images` (N, H, W, C), finite numbers of any type, and `masks` (N, H / s, W / s) of 0 and 1,
+with a whole number s, the output stride: 1 where every pixel has its own. Masks may also stand in a
+file of their own. A file without masks is unlabelled. Other keys are not read.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ class ImageTable:
 
     Attributes:
         images: (N, H, W, C), finite.
-        masks: (N, H, W) uint8 of 0 and 1, or None where the data is unlabelled.
+        masks: (N, H / s, W / s) uint8 of 0 and 1, s the output stride, or None where the data is
+            unlabelled.
         path: the file it was read from, for messages.
     """
 
@@ -35,6 +37,11 @@ class ImageTable:
         """N."""
         return len(self.images)
 
+    @property
+    def output_stride(self) -> int:
+        """Pixels of an image, each way, for one of its mask."""
+        return self.images.shape[1] // self.require_masks().shape[1]
+
     def check_size(self, size: Sequence[int]) -> None:
         """Raise unless the images are of this size, (H, W, C).
 
@@ -45,6 +52,20 @@ class ImageTable:
             raise DataError(
                 self.path, None, f"images: expected height, width and channels {tuple(size)}, as "
                 f"in training, got {self.images.shape[1:]}; resize the images",
+            )  # fmt: skip
+
+    def check_stride(self, stride: int) -> None:
+        """Raise unless the masks are there, and smaller than the images by this factor.
+
+        Raises:
+            DataError: with both sizes.
+        """
+        height, width = (side // stride for side in self.images.shape[1:3])
+        found = self.require_masks().shape[1:]
+        if found != (height, width):
+            raise DataError(
+                self.path, None, f"masks: expected height and width {(height, width)}, as in "
+                f"training, got {found}; resize the masks, or see data.masks",
             )  # fmt: skip
 
     def require_masks(self) -> np.ndarray:
@@ -69,12 +90,18 @@ class ImageTable:
             other.check_size(self.images.shape[1:])
         tables = [self, *others]
         images = np.concatenate([table.images for table in tables])
+        for table in tables:
+            table.check_stride(self.output_stride)
         masks = np.concatenate([table.require_masks() for table in tables])
         return replace(self, images=images, masks=masks)
 
 
-def read_images(path: str | Path) -> ImageTable:
+def read_images(path: str | Path, masks_path: str | Path | None = None) -> ImageTable:
     """Read images and, where the file has them, masks.
+
+    Args:
+        path: the file.
+        masks_path: another file, whose masks stand in the place of its own.
 
     Raises:
         DataError: for arrays of objects, other shapes, and NaN, infinity or other masks than 0
@@ -83,16 +110,23 @@ def read_images(path: str | Path) -> ImageTable:
     archive = open_archive(path, "images=..., masks=...")
     images = numbers_of(path, archive, "images", "image row column channel")
     _check(path, "images", images, "a finite number")
-    if "masks" not in archive:
+    if masks_path is None and "masks" not in archive:
         return ImageTable(images, None, str(path))
-    masks = numbers_of(path, archive, "masks", "image row column")
-    if masks.shape != images.shape[:3]:
+    return ImageTable(images, _read_masks(masks_path or path, images.shape[:3]), str(path))
+
+
+def _read_masks(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Return masks (N, H / s, W / s) of images of this shape (N, H, W)."""
+    masks = numbers_of(path, open_archive(path, "masks=..."), "masks", "image row column")
+    stride = shape[1] // masks.shape[1]
+    number, height, width = masks.shape
+    if (number, height * stride, width * stride) != shape:
         raise DataError(
-            path, None, f"masks: expected shape {images.shape[:3]}, as images has, "
-            f"got {masks.shape}; write one mask of the same size for each image",
+            path, None, f"masks: expected shape {shape}, as images has, or height and width "
+            f"smaller by one whole factor, got {masks.shape}; write one mask for each image",
         )  # fmt: skip
     _check(path, "masks", masks, "0 or 1")
-    return ImageTable(images, masks.astype(np.uint8), str(path))
+    return masks.astype(np.uint8)
 
 
 def _check(path: str | Path, key: str, values: np.ndarray, expected: str) -> None:
@@ -117,8 +151,8 @@ def write_images(
     Args:
         path: where to; the file appears when it is whole.
         table: its own masks are not looked at.
-        predictions: (N, H, W) of 0 and 1.
-        probabilities: (N, H, W) in [0, 1], written as float32.
+        predictions: (N, H / s, W / s) of 0 and 1.
+        probabilities: of the same shape, in [0, 1], written as float32.
     """
     arrays: dict[str, Any] = {"images": table.images, "masks": predictions.astype(np.uint8)}
     if probabilities is not None:

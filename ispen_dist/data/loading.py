@@ -28,7 +28,7 @@ from ispen_dist.data.dense_tokens import (
     read_dense_tokens,
 )
 from ispen_dist.data.errors import DataError
-from ispen_dist.data.images import read_images
+from ispen_dist.data.images import ImageTable, read_images
 from ispen_dist.data.npz import read_npz
 from ispen_dist.data.segmentation import SegmentationCodec, SegmentationDataset
 from ispen_dist.data.splits import read_split_file, seeded_split
@@ -130,10 +130,10 @@ def load_file(config: Config, codec: Codec, path: Path, *, labelled: bool = True
             sentences = [replace(sentence, tags=None) for sentence in sentences]
         return TaggingDataset(tuple(sentences), codec)
     if isinstance(codec, SegmentationCodec):
-        images = read_images(path)
+        images = _read_images(config.data, path) if labelled else read_images(path)
         images.check_size(codec.size)
         if labelled:
-            images.require_masks()
+            images.check_stride(codec.output_stride)
         return SegmentationDataset(images, codec)
     table = _read_table(config.data, path, codec)
     table.check_columns(codec.labels, codec.feature_names)
@@ -251,7 +251,7 @@ def _multilabel_splits(config: Config) -> Splits:
 
 
 def _segmentation_splits(config: Config) -> Splits:
-    first, *rest = map(read_images, _train_files(config.data))
+    first, *rest = [_read_images(config.data, path) for path in _train_files(config.data)]
     whole = first.concatenate(rest)
     # The scale of the channels is that of all training files, as they are named in `data.train`.
     codec = SegmentationCodec.of(whole)
@@ -262,7 +262,21 @@ def _segmentation_splits(config: Config) -> Splits:
     side = min(codec.size[:2])
     for setting, pixels in shifts.items():
         check(pixels < side, setting, f"less than {side}, the shorter side of an image", pixels)
+    stride = codec.output_stride
+    whole_pixels = f"a multiple of {stride}, the image's pixels for one of its mask"
+    for setting, all_pixels in (
+        ("data.shift", [config.data.shift]),
+        ("inference.view_shifts", config.inference.view_shifts),
+    ):
+        for pixels in all_pixels:
+            check(pixels % stride == 0, setting, whole_pixels, pixels)
     return _split(config, SegmentationDataset(whole, codec), codec)
+
+
+def _read_images(config: DataConfig, path: Path) -> ImageTable:
+    """Read images with the masks that `data.masks` has for their file, by default its own."""
+    masks = {data_path(config, images): name for images, name in config.masks.items()}
+    return read_images(path, data_path(config, masks[path]) if path in masks else None)
 
 
 def _read_table(

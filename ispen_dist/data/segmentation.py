@@ -19,17 +19,19 @@ from ispen_dist.data.images import ImageTable
 
 @dataclass(frozen=True)
 class SegmentationCodec:
-    """Size of the images, and the scale of each channel in the training data.
+    """Size of images and masks, and the scale of each channel in the training data.
 
     Attributes:
-        size: height, width and channels.
+        size: height, width and channels of an image.
         mean: of each channel.
         deviation: standard deviation of each channel.
+        output_stride: pixels of an image, each way, for one of its mask.
     """
 
     size: tuple[int, int, int]
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
+    output_stride: int = 1
 
     @classmethod
     def of(cls, table: ImageTable) -> "SegmentationCodec":
@@ -38,23 +40,31 @@ class SegmentationCodec:
         deviation = np.where(values.std(0) > 0.0, values.std(0), 1.0)
         height, width, channels = table.images.shape[1:]
         return cls(
-            (height, width, channels), tuple(values.mean(0).tolist()), tuple(deviation.tolist())
+            (height, width, channels),
+            tuple(values.mean(0).tolist()),
+            tuple(deviation.tolist()),
+            table.output_stride,
         )
 
     @property
+    def mask_size(self) -> tuple[int, int]:
+        """Height and width of a mask."""
+        return self.size[0] // self.output_stride, self.size[1] // self.output_stride
+
+    @property
     def num_inputs(self) -> int:
-        """C."""
-        return self.size[2]
+        """Numbers that an image has for each pixel of its mask."""
+        return self.size[2] * self.output_stride**2
 
     @property
     def num_outputs(self) -> int:
-        """H W, one output for each pixel."""
-        return self.size[0] * self.size[1]
+        """Pixels of a mask."""
+        return self.mask_size[0] * self.mask_size[1]
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Numbers of the pixels of the longer side, for pictures."""
-        return tuple(map(str, range(max(self.size[:2]))))
+        """Numbers of the pixels of the longer side of a mask, for pictures."""
+        return tuple(map(str, range(max(self.mask_size))))
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,8 @@ class SegmentationDataset:
         chosen, weight = rows_to_read(rows)
         image = (self.table.images[chosen] - np.array(self.codec.mean)) / self.codec.deviation
         masks = self.table.masks
-        target = np.zeros(image.shape[:3]) if masks is None else masks[chosen]
+        unknown = np.zeros((len(chosen), *self.codec.mask_size))
+        target = unknown if masks is None else masks[chosen]
         inputs = {"image": torch.from_numpy(image).permute(0, 3, 1, 2).float().contiguous()}
         return Batch(inputs, torch.from_numpy(target).float(), weight, torch.from_numpy(chosen))
 
@@ -94,7 +105,7 @@ class Augmentation:
     Attributes:
         seed: of the draws.
         flip: mirror left and right with probability one half.
-        shift: largest shift in rows and columns.
+        shift: largest shift in rows and columns of the image, by whole pixels of the mask.
         rotate: largest angle, in degrees.
         zoom: largest logarithm of a change of size.
         colour: largest change of each standardised channel, as an offset and as a factor to 1.
@@ -121,23 +132,32 @@ class Augmentation:
 
     def _draw(self, step: int, row: int, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         draw = np.random.default_rng([self.seed, step, row])
-        both = torch.cat([image, mask.unsqueeze(0)])
+        stride = image.shape[-1] // mask.shape[-1]
+        both = [image, mask.unsqueeze(0)]
         if self.flip and draw.integers(2):
-            both = both.flip(-1)
-        if self.shift:
-            top, left = draw.integers(2 * self.shift + 1, size=2)
-            height, width = mask.shape
-            padded = F.pad(both, (self.shift,) * 4, mode="reflect")
-            both = padded[:, top : top + height, left : left + width]
+            both = [part.flip(-1) for part in both]
+        if most := self.shift // stride:
+            top, left = draw.integers(2 * most + 1, size=2)
+            both = [
+                _cut(part, most * pixels, top * pixels, left * pixels)
+                for part, pixels in zip(both, (stride, 1), strict=True)
+            ]
         if self.rotate or self.zoom:
             angle, zoom = draw.uniform(-1.0, 1.0, size=2) * [self.rotate, self.zoom]
-            both = turned(both, math.radians(angle), math.exp(zoom))
-        image, mask = both[:-1], (both[-1] > 0.5).to(both.dtype)
+            both = [turned(part, math.radians(angle), math.exp(zoom)) for part in both]
+        image, mask = both[0], (both[1][0] > 0.5).to(mask.dtype)
         if self.colour:
             change = draw.uniform(-self.colour, self.colour, size=(2, len(image), 1, 1))
             factor, offset = torch.from_numpy(change).to(image.dtype)
             image = image * (1.0 + factor) + offset
         return image, mask
+
+
+def _cut(image: Tensor, padding: int, top: int, left: int) -> Tensor:
+    """Return a window of the size of the image, in the image with a mirrored border around it."""
+    height, width = image.shape[-2:]
+    padded = F.pad(image, (padding,) * 4, mode="reflect")
+    return padded[..., top : top + height, left : left + width]
 
 
 def turned(image: Tensor, angle: float, scale: float) -> Tensor:

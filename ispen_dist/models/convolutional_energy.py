@@ -18,20 +18,22 @@ class WithImage(StagedNetwork):
 
     Args:
         network: `inputs -> logits`.
+        output_stride: pixels of the image, each way, for one of the mask; they are channels here.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, output_stride: int = 1) -> None:
         super().__init__()
         assert isinstance(network, StagedNetwork)
         self.network = network
+        self.output_stride = output_stride
 
     def parts(self) -> list[Part]:
         """Return the stages of the network, and one that has no parameters."""
-        return [*self.network.parts(), Part("image", _beside_image, [])]
+        return [*self.network.parts(), Part("image", self._beside_image, [])]
 
-
-def _beside_image(inputs: Inputs, logits: Tensor) -> State:
-    return (torch.cat([logits.unsqueeze(1), inputs["image"]], dim=1),)
+    def _beside_image(self, inputs: Inputs, logits: Tensor) -> State:
+        image = F.pixel_unshuffle(inputs["image"], self.output_stride)
+        return (torch.cat([logits.unsqueeze(1), image], dim=1),)
 
 
 class ConvolutionalEnergy(EnergyNetwork):

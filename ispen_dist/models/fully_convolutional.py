@@ -54,11 +54,13 @@ class FullyConvolutional(StagedNetwork):
 
     Args:
         num_channels: C of the image.
-        hidden_size: channels at full size; twice as many at half of it, four times as many below.
+        hidden_size: channels at the size of the mask; twice as many at half of it, four times as
+            many below.
         num_layers: how often the size is halved.
         dropout: rate of hidden units.
         feature_dropout: rate on the input.
         num_masks: masks that are put out, side by side in one wide one.
+        output_stride: pixels of the image, each way, for one of the mask; they come in as channels.
     """
 
     def __init__(
@@ -70,10 +72,12 @@ class FullyConvolutional(StagedNetwork):
         dropout: float = 0.0,
         feature_dropout: float = 0.0,
         num_masks: int = 1,
+        output_stride: int = 1,
     ) -> None:
         super().__init__()
         widths = [hidden_size * min(2**i, GREATEST_FACTOR) for i in range(num_layers + 1)]
-        self.first = Block(num_channels, hidden_size)
+        self.output_stride = output_stride
+        self.first = Block(num_channels * output_stride**2, hidden_size)
         self.down = nn.ModuleList(
             Block(above, below, stride=2) for above, below in itertools.pairwise(widths)
         )
@@ -90,7 +94,7 @@ class FullyConvolutional(StagedNetwork):
         """Return one stage per block.
 
         The state is the maps of each size that the way up still needs, smallest last. The input is
-        `inputs["image"]` (B, C, H, W), the output logits (B, H, masks W).
+        `inputs["image"]` (B, C, s H, s W) with output stride s, the output logits (B, H, masks W).
         """
         down = [
             Part(f"down.{i}", partial(_down, block, self.dropout), [block])
@@ -108,7 +112,8 @@ class FullyConvolutional(StagedNetwork):
         ]
 
     def _begin(self, inputs: Inputs) -> State:
-        return (self.dropout(self.first(self.feature_dropout(inputs["image"]))),)
+        image = F.pixel_unshuffle(inputs["image"], self.output_stride)
+        return (self.dropout(self.first(self.feature_dropout(image))),)
 
     def _score(self, inputs: Inputs, x: Tensor) -> State:
         masks = self.output(x)  # (B, masks, H, W)

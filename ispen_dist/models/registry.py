@@ -74,8 +74,13 @@ def _pretrained(config: NetworkConfig, codec: Codec, num_outputs: int) -> nn.Mod
 
 
 def _fcn(config: NetworkConfig, codec: Codec, num_outputs: int) -> nn.Module:
-    num_masks = num_outputs // codec.num_outputs
-    return FullyConvolutional(codec.num_inputs, num_masks=num_masks, **_settings(config))
+    assert isinstance(codec, SegmentationCodec)
+    return FullyConvolutional(
+        codec.size[2],
+        num_masks=num_outputs // codec.num_outputs,
+        output_stride=codec.output_stride,
+        **_settings(config),
+    )
 
 
 def _label_interaction(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
@@ -105,8 +110,9 @@ def _tag_language_model(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
 
 def _convolutional(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
     assert isinstance(codec, SegmentationCodec)
-    features = WithImage(build_network(config.features, codec))
-    return ConvolutionalEnergy(features, codec.size, config.num_units)
+    features = WithImage(build_network(config.features, codec), codec.output_stride)
+    size = (*codec.mask_size, codec.num_inputs)
+    return ConvolutionalEnergy(features, size, config.num_units)
 
 
 NETWORKS: dict[str, Callable[[NetworkConfig, Codec, int], nn.Module]] = {
