@@ -256,20 +256,16 @@ def _segmentation_splits(config: Config) -> Splits:
     # The scale of the channels is that of all training files, as they are named in `data.train`.
     codec = SegmentationCodec.of(whole)
     shifts = {
-        "data.shift": config.data.shift,
-        "inference.view_shifts": max(map(abs, config.inference.view_shifts)),
+        "data.shift": [config.data.shift],
+        "inference.view_shifts": config.inference.view_shifts,
     }
-    side = min(codec.size[:2])
-    for setting, pixels in shifts.items():
-        check(pixels < side, setting, f"less than {side}, the shorter side of an image", pixels)
-    stride = codec.output_stride
-    whole_pixels = f"a multiple of {stride}, the image's pixels for one of its mask"
-    for setting, all_pixels in (
-        ("data.shift", [config.data.shift]),
-        ("inference.view_shifts", config.inference.view_shifts),
-    ):
-        for pixels in all_pixels:
-            check(pixels % stride == 0, setting, whole_pixels, pixels)
+    side, stride = min(codec.size[:2]), codec.output_stride
+    inside = f"less than {side}, the shorter side of an image"
+    even = f"a multiple of {stride}, the pixels of an image for one of its mask"
+    for setting, all_pixels in shifts.items():
+        for pixels in map(abs, all_pixels):
+            check(pixels < side, setting, inside, pixels)
+            check(pixels % stride == 0, setting, even, pixels)
     return _split(config, SegmentationDataset(whole, codec), codec)
 
 
