@@ -12,6 +12,7 @@ from ispen_dist.data.datasets import Codec
 from ispen_dist.engine import Engines
 from ispen_dist.linalg.reduction import OneProcess, Reduction
 from ispen_dist.linalg.trees import Tree
+from ispen_dist.models.efficientnet_lite import EfficientNetLite0
 from ispen_dist.models.energies import EnergyNetwork
 from ispen_dist.models.output_spaces import Inputs, OutputSpace
 from ispen_dist.models.pretrained import PretrainedTagger
@@ -162,8 +163,9 @@ def load_pretrained(players: Players) -> None:
         ConfigError: where they are not there.
     """
     for network in (players.inference_net, players.energy.feature_network):
-        if isinstance(network, PretrainedTagger):
-            network.load_pretrained()
+        for module in network.modules():
+            if isinstance(module, PretrainedTagger | EfficientNetLite0):
+                module.load_pretrained()
 
 
 def networks_of(players: Players) -> dict[str, nn.Module]:

@@ -173,7 +173,8 @@ def segmentation_codec(stride: int = 1) -> SegmentationCodec:
 
 
 def segmentation_config(network: str = "fcn", **outer: object) -> Config:
-    net = NetworkConfig(name=network, hidden_size=1)  # type: ignore[arg-type]
+    # Of the encoder nothing is trained: it has too many parameters for a dense Hessian.
+    net = NetworkConfig(name=network, hidden_size=1, trainable_layers=0)  # type: ignore[arg-type]
     return Config(
         data=DataConfig(task="segmentation", format="npz", train=["x.npz"]),
         inference_net=net,
@@ -188,7 +189,7 @@ def config_of(task: str, **outer: object) -> Config:
     """Settings of a tiny run of one of `TASKS`."""
     if task == "multilabel":
         return multilabel_config(**outer)
-    return segmentation_config(task, **outer) if task == "fcn" else tagging_config(task, **outer)
+    return segmentation_config(task, **outer) if task in IMAGES else tagging_config(task, **outer)
 
 
 def codec_of(task: str) -> Codec:
@@ -196,7 +197,7 @@ def codec_of(task: str) -> Codec:
         return multilabel_codec()
     if task == "pretrained":
         return pretrained_codec()
-    return segmentation_codec() if task == "fcn" else tagging_codec()
+    return segmentation_codec() if task in IMAGES else tagging_codec()
 
 
 def random_segmentation_batch(size: int, seed: int = 0) -> Batch:
@@ -283,12 +284,13 @@ def build_problem(
 def random_batch(task: str, size: int, seed: int) -> Batch:
     if task == "multilabel":
         return random_multilabel_batch(size, seed)
-    if task == "fcn":
+    if task in IMAGES:
         return random_segmentation_batch(size, seed)
     if task == "pretrained":
         return random_pretrained_batch(size, seed)
     return random_tagging_batch(size, seed)
 
 
-TASKS = ("multilabel", "bilstm", "transformer", "fcn", "pretrained", "token_mlp")
+IMAGES = ("fcn", "efficientnet_lite0")
+TASKS = ("multilabel", "bilstm", "transformer", "pretrained", "token_mlp", *IMAGES)
 TAGGING_ENERGIES = ("linear_chain", "skip_chain", "high_order", "tag_language_model")

@@ -10,12 +10,16 @@ from ispen_dist.config.checks import ANY, check, check_ranges
 class NetworkConfig:
     """A network from inputs to logits: the inference network, or the features of an energy."""
 
-    name: Literal["mlp", "bilstm", "transformer", "token_mlp", "pretrained", "fcn"] = "bilstm"
+    name: Literal[
+        "mlp", "bilstm", "transformer", "token_mlp", "pretrained", "fcn", "efficientnet_lite0"
+    ] = "bilstm"
     """Architecture."""
     hidden_size: int = 128
-    """Width of hidden layers; per direction in a BiLSTM, at full size in an fcn."""
+    """Width of hidden layers; per direction in a BiLSTM, at the size of the mask in an fcn, on the
+    way up behind an efficientnet_lite0."""
     num_layers: int = 1
-    """Hidden layers, LSTM layers, transformer blocks, or blocks of an fcn that halve the size."""
+    """Hidden layers, LSTM layers, transformer blocks, or how often an fcn or an efficientnet_lite0
+    (1 to 5) halves the size."""
     activation: Literal["relu", "gelu", "softplus", "tanh"] = "relu"
     """Hidden activation; mlp only."""
     num_heads: int = 4
@@ -24,10 +28,13 @@ class NetworkConfig:
     """Width of token embeddings; taggers only."""
     model: str = ""
     """Encoder to start from: a folder, `package:NAME` of an installed package, or a name on the
-    Hugging Face hub; pretrained only."""
+    Hugging Face hub. For efficientnet_lite0 a file or a package, empty for none; no other network
+    has one."""
     trainable_layers: int = -1
-    """Last blocks of the encoder that are trained, -1 for all and the embedding; pretrained
-    only."""
+    """Last blocks of the encoder that are trained, or halvings of an efficientnet_lite0, -1 for all
+    and the embedding; these two only."""
+    enlarge: int = 2
+    """How many times an image is enlarged for the encoder; efficientnet_lite0 only."""
     dropout: float = 0.0
     """Dropout rate of hidden units."""
     feature_dropout: float = 0.0
@@ -43,11 +50,14 @@ class NetworkConfig:
             num_heads=(1, ANY),
             embedding_size=(1, ANY),
             trainable_layers=(-1, ANY),
+            enlarge=(1, ANY),
             dropout=(0.0, 0.99),
             feature_dropout=(0.0, 0.99),
         )
+        if self.name == "efficientnet_lite0":
+            check_ranges(section, self, num_layers=(1, 5))
         check(
-            bool(self.model) == (self.name == "pretrained"),
+            bool(self.model) == (self.name == "pretrained") or self.name == "efficientnet_lite0",
             f"{section}.model",
             "an encoder" if self.name == "pretrained" else f"none for {section}.name={self.name}",
             self.model,

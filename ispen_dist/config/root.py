@@ -18,7 +18,7 @@ FITTING = {
         ("linear_chain", "skip_chain", "high_order", "tag_language_model"),
     ),
     "multilabel": (("mlp",), ("label_interaction",)),
-    "segmentation": (("fcn",), ("convolutional",)),
+    "segmentation": (("fcn", "efficientnet_lite0"), ("convolutional",)),
 }
 """The networks and the energies that fit a task."""
 _SHAPES_DEPEND_ON_VALUES = ("bilstm", "pretrained")
@@ -100,7 +100,8 @@ class Config:
         check(self.energy.name in energies, "energy.name", expected, self.energy.name)
 
     def _check_pretrained(self) -> None:
-        models = sorted({n.model for n in (self.inference_net, self.energy.features) if n.model})
+        networks = (self.inference_net, self.energy.features)
+        models = sorted({n.model for n in networks if n.name == "pretrained"})
         check(
             len(models) < 2,
             "energy.features.model",

@@ -14,6 +14,7 @@ from ispen_dist.config import EnergyConfig, NetworkConfig
 from ispen_dist.data.datasets import Codec, DenseTokenFeatures, TaggingCodec
 from ispen_dist.data.segmentation import SegmentationCodec
 from ispen_dist.models.convolutional_energy import ConvolutionalEnergy, WithImage
+from ispen_dist.models.efficientnet_lite import EfficientNetLite0
 from ispen_dist.models.energies import EnergyNetwork, LabelInteractionEnergy, LinearChainEnergy
 from ispen_dist.models.fully_convolutional import FullyConvolutional
 from ispen_dist.models.high_order import HighOrderEnergy
@@ -83,6 +84,19 @@ def _fcn(config: NetworkConfig, codec: Codec, num_outputs: int) -> nn.Module:
     )
 
 
+def _efficientnet_lite0(config: NetworkConfig, codec: Codec, num_outputs: int) -> nn.Module:
+    assert isinstance(codec, SegmentationCodec)
+    return EfficientNetLite0(
+        list(zip(codec.mean, codec.deviation, strict=True)),
+        source=config.model,
+        enlarge=config.enlarge,
+        trainable_layers=config.trainable_layers,
+        num_masks=num_outputs // codec.num_outputs,
+        output_stride=codec.output_stride,
+        **_settings(config),
+    )
+
+
 def _label_interaction(config: EnergyConfig, codec: Codec) -> EnergyNetwork:
     features = build_network(config.features, codec)
     return LabelInteractionEnergy(features, codec.num_outputs, config.num_units)
@@ -122,6 +136,7 @@ NETWORKS: dict[str, Callable[[NetworkConfig, Codec, int], nn.Module]] = {
     "token_mlp": _token_mlp,
     "pretrained": _pretrained,
     "fcn": _fcn,
+    "efficientnet_lite0": _efficientnet_lite0,
 }
 ENERGIES: dict[str, Callable[[EnergyConfig, Codec], EnergyNetwork]] = {
     "label_interaction": _label_interaction,
