@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ispen_dist.config import OptimizerConfig
 from ispen_dist.data.batch import Batch
-from ispen_dist.data.datasets import Dataset
+from ispen_dist.data.datasets import Dataset, whole_of
 from ispen_dist.data.loading import Splits, hold_out
 from ispen_dist.data.segmentation import augmentation
 from ispen_dist.diagnosis import Diagnosis
@@ -73,7 +73,8 @@ class Rounds:
 
         def source(dataset: Dataset, batch_size: int, purpose: str) -> Source:
             order = derived_seed(seed, "order", purpose)
-            augment = augmentation(config.data, derived_seed(seed, "augmentation", purpose))
+            draws = derived_seed(seed, "augmentation", purpose)
+            augment = augmentation(config.data, draws, whole_of(dataset))
             return Source(dataset, batch_size, order, self.session, dtype, buckets, augment)
 
         self.inner_source = source(inner_data, config.inner.batch_size, "inner")

@@ -14,6 +14,7 @@ from sklearn.metrics import jaccard_score
 
 from ispen_dist.command_line import load_config
 from ispen_dist.config import ConfigError, DataConfig
+from ispen_dist.data.datasets import Subset, whole_of
 from ispen_dist.data.errors import DataError
 from ispen_dist.data.images import ImageTable, read_images
 from ispen_dist.data.loading import load_splits
@@ -125,6 +126,74 @@ def test_a_smaller_mask_moves_as_far_as_its_image(settings):
     # Only where the outline is turned may a pixel of the mask be cut otherwise than its image.
     different = (shrunk != seen.target.bool()).double().mean()
     assert different == 0.0 if not settings.get("rotate") else different < 0.03
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_images_are_turned_at_the_size_of_their_originals_and_then_reduced(factor):
+    draw = np.random.default_rng(1)
+    large = draw.integers(0, 256, (3, 10 * factor, 8 * factor, 2), dtype=np.uint8)
+    masks = (draw.random(large.shape[:3]) < 0.5).astype(np.uint8)
+    small = draw.integers(0, 256, (3, 10, 8, 2), dtype=np.uint8)
+    table = ImageTable(small, (draw.random((3, 5, 4)) < 0.5).astype(np.uint8))
+    codec = SegmentationCodec.of(table)
+    whole = SegmentationDataset(table, codec, ImageTable(large, masks))
+    batch = Subset(whole, np.array([2, 1])).collate([0, 1])
+    config = DataConfig(task="segmentation", format="npz", train=["a.npz"], zoom=0.5)
+    augment = augmentation(config, 3, whole)
+    assert augment is not None
+    seen = augment(batch, 7)
+    for i, row in enumerate([2, 1]):
+        (zoom,) = np.random.default_rng([3, 7, row]).uniform(-1.0, 1.0, size=2)[1:] * 0.5
+        image = turned(torch.from_numpy(large[row]).permute(2, 0, 1).double(), 0.0, math.exp(zoom))
+        mean = image.unfold(1, factor, factor).unfold(2, factor, factor).mean((-2, -1))
+        channels = [torch.tensor(c).view(2, 1, 1) for c in (codec.mean, codec.deviation)]
+        expected = ((mean - channels[0]) / channels[1]).float()
+        torch.testing.assert_close(seen.inputs["image"][i], expected, atol=1e-5, rtol=1e-5)
+        mask = turned(torch.from_numpy(masks[row])[None].double(), 0.0, math.exp(zoom))[0]
+        stride = 2 * factor
+        share = mask.unfold(0, stride, stride).unfold(1, stride, stride).mean((-2, -1))
+        assert (seen.target[i] == (share > 0.5)).all()
+    still = augmentation(replace(config, zoom=0.0, flip=True), 3, whole)
+    assert still is not None
+    assert not torch.equal(seen.target, still(batch, 7).target)
+    flipped = still(batch, 7).target
+    assert all(
+        torch.equal(new, old) or torch.equal(new, old.flip(-1))
+        for new, old in zip(flipped, batch.target, strict=True)
+    )
+
+
+def test_originals_are_those_of_every_training_file_and_larger_by_a_whole_factor(tmp_path):
+    def save(name, number, height, width, mask=1):
+        masks = np.zeros((number, height // mask, width // mask))
+        np.savez(tmp_path / name, images=np.zeros((number, height, width, 2)), masks=masks)
+
+    save("a.npz", 9, 5, 4)
+    save("b.npz", 3, 5, 4)
+    save("large.npz", 9, 10, 8)
+    save("large_b.npz", 3, 10, 8)
+    save("other.npz", 9, 10, 9)
+    save("fewer.npz", 8, 10, 8)
+    save("coarse.npz", 9, 10, 8, mask=2)
+    config = problems.segmentation_config()
+
+    def load(train=("a.npz",), **originals):
+        named = {f"{name}.npz": f"{file}.npz" for name, file in originals.items()}
+        data = replace(config.data, root=str(tmp_path), train=list(train), originals=named)
+        return load_splits(replace(config, data=data))
+
+    both = whole_of(load(["a.npz", "b.npz"], a="large", b="large_b").train)
+    assert isinstance(both, SegmentationDataset)
+    assert both.original(11)[0].shape == (2, 10, 8)
+    with pytest.raises(ConfigError, match=r"data\.originals: expected one of every .*b\.npz.*got"):
+        load(["a.npz", "b.npz"], a="large")
+    for wrong in ("other", "fewer"):
+        with pytest.raises(DataError, match=rf"{wrong}\.npz: images: expected .*whole factor, got"):
+            load(a=wrong)
+    with pytest.raises(DataError, match=r"coarse\.npz: masks: expected .*\(10, 8\).*got \(5, 4\)"):
+        load(a="coarse")
+    with pytest.raises(ConfigError, match=r"data\.originals: expected files .*got 'c\.npz'"):
+        load(c="large")
 
 
 def test_a_batch_has_standardised_channels():

@@ -63,6 +63,10 @@ class DataConfig:
     """Segmentation: by file of images, the file whose masks stand in the place of its own. Masks
     may be smaller than the images by one whole factor, the output stride; then so is what is
     predicted."""
+    originals: dict[str, str] = field(default_factory=dict)
+    """Segmentation: by training file, one of the same images and masks, as large or larger by one
+    whole factor. Training images are turned and zoomed at that size and then reduced, as outlines
+    of small masks are too coarse for it."""
     flip: bool = False
     """Segmentation: mirror training images left and right at random."""
     shift: int = 0
@@ -104,12 +108,9 @@ class DataConfig:
             self.format,
             "change data.format or data.task",
         )
-        if self.masks:
-            kind, files = self.task, [*self.train, self.dev, self.test, *self.extra.values()]
-            check(kind == "segmentation", "data.masks", f"none for data.task={kind}", self.masks)
-            unknown = ", ".join(sorted(set(self.masks) - set(files)))
-            expected = f"files of images, of {', '.join(filter(None, files))}"
-            check(not unknown, "data.masks", expected, unknown)
+        files = [*self.train, self.dev, self.test, *self.extra.values()]
+        self._check_beside("data.masks", self.masks, files)
+        self._check_beside("data.originals", self.originals, files)
         if self.format == "arff":
             check(
                 bool(self.labels_xml),
@@ -136,6 +137,15 @@ class DataConfig:
             check(self.spans == "none", "data.spans", "none with data.format=npz", self.spans)
         if self.format == "svmlight":
             check_ranges("data", self, num_features=(1, ANY), num_labels=(1, ANY))
+
+    def _check_beside(self, setting: str, beside: dict[str, str], files: list[str]) -> None:
+        """Check the keys of a mapping from files of images to others."""
+        if beside:
+            expected = f"none for data.task={self.task}"
+            check(self.task == "segmentation", setting, expected, beside)
+            unknown = ", ".join(sorted(set(beside) - set(files)))
+            expected = f"files of images, of {', '.join(filter(None, files))}"
+            check(not unknown, setting, expected, unknown)
 
 
 @dataclass(frozen=True)

@@ -230,3 +230,10 @@ class Subset:
     def collate(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Return the batch of the given rows of the part."""
         return self.whole.collate(self.rows[np.asarray(rows, dtype=np.int64)])
+
+
+def whole_of(dataset: Dataset) -> Dataset:
+    """Return the data set that a part, or a part of a part, is of: the one that rows count in."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.whole
+    return dataset

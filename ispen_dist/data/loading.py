@@ -266,7 +266,36 @@ def _segmentation_splits(config: Config) -> Splits:
         for pixels in map(abs, all_pixels):
             check(pixels < side, setting, inside, pixels)
             check(pixels % stride == 0, setting, even, pixels)
-    return _split(config, SegmentationDataset(whole, codec), codec)
+    originals = _read_originals(config.data, whole)
+    return _split(config, SegmentationDataset(whole, codec, originals), codec)
+
+
+def _read_originals(data: DataConfig, whole: ImageTable) -> ImageTable | None:
+    """Read the originals of all training images, None where the settings name none."""
+    if not data.originals:
+        return None
+    paths = _train_files(data)
+    by_path = {data_path(data, name): original for name, original in data.originals.items()}
+    for path in paths:
+        check(
+            path in by_path,
+            "data.originals",
+            f"one of every training file, {', '.join(map(str, paths))}",
+            data.originals,
+        )
+    first, *rest = [read_images(data_path(data, by_path[path])) for path in paths]
+    table = first.concatenate(rest)
+    (number, *size, channels), (_, *smaller, _) = table.images.shape, whole.images.shape
+    factor = size[0] // smaller[0]
+    expected = (len(whole), *(factor * side for side in smaller), whole.images.shape[-1])
+    if factor == 0 or (number, *size, channels) != expected:
+        raise DataError(
+            first.path, None, f"images: expected those of {whole.path}, {whole.images.shape}, with "
+            f"height and width larger by one whole factor, got {table.images.shape}; write the "
+            "same images in the same order",
+        )  # fmt: skip
+    table.check_stride(1)
+    return table
 
 
 def _read_images(config: DataConfig, path: Path) -> ImageTable:

@@ -4,8 +4,8 @@ Shapes: B batch, C channels, H and W height and width.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -74,10 +74,12 @@ class SegmentationDataset:
     Attributes:
         table: images of the codec's size; masks may be None.
         codec: scale of the channels.
+        originals: the same images and masks, larger by a whole factor, where there are some.
     """
 
     table: ImageTable
     codec: SegmentationCodec
+    originals: ImageTable | None = None
 
     def __len__(self) -> int:
         """Number of images."""
@@ -86,12 +88,22 @@ class SegmentationDataset:
     def collate(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Return a batch with standardised channels, see `Batch`."""
         chosen, weight = rows_to_read(rows)
-        image = (self.table.images[chosen] - np.array(self.codec.mean)) / self.codec.deviation
+        image = self._standardised(self.table.images[chosen])
         masks = self.table.masks
         unknown = np.zeros((len(chosen), *self.codec.mask_size))
         target = unknown if masks is None else masks[chosen]
         inputs = {"image": torch.from_numpy(image).permute(0, 3, 1, 2).float().contiguous()}
         return Batch(inputs, torch.from_numpy(target).float(), weight, torch.from_numpy(chosen))
+
+    def original(self, row: int) -> tuple[Tensor, Tensor]:
+        """Return an image (C, H, W) with standardised channels, and its mask, both at full size."""
+        assert self.originals is not None
+        image = torch.from_numpy(self._standardised(self.originals.images[row]))
+        mask = torch.from_numpy(self.originals.require_masks()[row])
+        return image.permute(2, 0, 1).float(), mask.float()
+
+    def _standardised(self, images: np.ndarray) -> np.ndarray:
+        return (images - np.array(self.codec.mean)) / self.codec.deviation
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,9 @@ class Augmentation:
         rotate: largest angle, in degrees.
         zoom: largest logarithm of a change of size.
         colour: largest change of each standardised channel, as an offset and as a factor to 1.
+        original: from the row number of an example to its image and its mask at full size. They are
+            what is turned and zoomed then, and reduced to the example's: of the image the mean, of
+            the mask what most of its pixels are.
     """
 
     seed: int
@@ -117,6 +132,7 @@ class Augmentation:
     rotate: float = 0.0
     zoom: float = 0.0
     colour: float = 0.0
+    original: Callable[[int], tuple[Tensor, Tensor]] | None = field(default=None, compare=False)
 
     def __call__(self, batch: Batch, step: int) -> Batch:
         """Return the batch as it is seen in a step."""
@@ -132,20 +148,28 @@ class Augmentation:
 
     def _draw(self, step: int, row: int, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         draw = np.random.default_rng([self.seed, step, row])
-        stride = image.shape[-1] // mask.shape[-1]
+        widths, target = (image.shape[-1], mask.shape[-1]), mask.shape[-1]
+        if self.original is not None and (self.rotate or self.zoom):
+            image, mask = (part.to(image.dtype) for part in self.original(row))
         both = [image, mask.unsqueeze(0)]
         if self.flip and draw.integers(2):
             both = [part.flip(-1) for part in both]
-        if most := self.shift // stride:
+        if most := self.shift * target // widths[0]:
             top, left = draw.integers(2 * most + 1, size=2)
+            # Pixels that each has, each way, for one of the target.
+            units = [part.shape[-1] // target for part in both]
             both = [
-                _cut(part, most * pixels, top * pixels, left * pixels)
-                for part, pixels in zip(both, (stride, 1), strict=True)
+                _cut(part, most * unit, top * unit, left * unit)
+                for part, unit in zip(both, units, strict=True)
             ]
         if self.rotate or self.zoom:
             angle, zoom = draw.uniform(-1.0, 1.0, size=2) * [self.rotate, self.zoom]
             both = [turned(part, math.radians(angle), math.exp(zoom)) for part in both]
-        image, mask = both[0], (both[1][0] > 0.5).to(mask.dtype)
+        image, share = (
+            F.avg_pool2d(part, part.shape[-1] // width)
+            for part, width in zip(both, widths, strict=True)
+        )
+        mask = (share[0] > 0.5).to(mask.dtype)
         if self.colour:
             change = draw.uniform(-self.colour, self.colour, size=(2, len(image), 1, 1))
             factor, offset = torch.from_numpy(change).to(image.dtype)
@@ -175,9 +199,24 @@ def turned(image: Tensor, angle: float, scale: float) -> Tensor:
     return moved[0]
 
 
-def augmentation(config: DataConfig, seed: int) -> Augmentation | None:
-    """Return what training images go through, None where the settings ask for nothing."""
+def augmentation(config: DataConfig, seed: int, dataset: object = None) -> Augmentation | None:
+    """Return what training images go through, None where the settings ask for nothing.
+
+    Args:
+        config: which changes.
+        seed: of the draws.
+        dataset: the examples, whose originals are read, if they have some.
+    """
+    original = None
+    if isinstance(dataset, SegmentationDataset) and dataset.originals is not None:
+        original = dataset.original
     changes = Augmentation(
-        seed, config.flip, config.shift, config.rotate, config.zoom, config.colour
+        seed,
+        config.flip,
+        config.shift,
+        config.rotate,
+        config.zoom,
+        config.colour,
+        original,
     )
     return None if changes == Augmentation(seed) else changes
