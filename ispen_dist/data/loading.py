@@ -285,10 +285,9 @@ def _read_originals(data: DataConfig, whole: ImageTable) -> ImageTable | None:
         )
     first, *rest = [read_images(data_path(data, by_path[path])) for path in paths]
     table = first.concatenate(rest)
-    (number, *size, channels), (_, *smaller, _) = table.images.shape, whole.images.shape
-    factor = size[0] // smaller[0]
-    expected = (len(whole), *(factor * side for side in smaller), whole.images.shape[-1])
-    if factor == 0 or (number, *size, channels) != expected:
+    number, height, width, channels = whole.images.shape
+    factor = table.images.shape[1] // height
+    if table.images.shape != (number, factor * height, factor * width, channels):
         raise DataError(
             first.path, None, f"images: expected those of {whole.path}, {whole.images.shape}, with "
             f"height and width larger by one whole factor, got {table.images.shape}; write the "
