@@ -23,7 +23,7 @@ from ispen_dist.tables.definition import TableError, read_table
 from ispen_dist.tables.grid import Grid
 from ispen_dist.tables.progress import TableProgress
 from ispen_dist.tables.record import FinalRun, read_record
-from ispen_dist.tables.runs import LocalRuns, Run, RunFailed
+from ispen_dist.tables.runs import Interrupted, LocalRuns, Run, RunFailed
 from ispen_dist.tables.summary import csv_text, markdown_text, p_value, table_rows
 
 ROOT = Path(__file__).parent.parent
@@ -279,6 +279,19 @@ def test_progress_names_the_best_of_the_runs_that_have_a_dev_metric():
         "b: dev 0.5000; done 2 of 3, running 0; best dev 0.5000 by b",
         "c: failed; done 2 of 3, running 0, failed 1; best dev 0.5000 by b",
     ]
+
+
+def test_a_run_that_was_told_to_stop_is_not_counted_as_failed(table, tmp_path):
+    class Stopped(FakeRuns):
+        def __call__(self, run):
+            raise Interrupted
+
+    shown = io.StringIO()
+    grid = Grid(table, ["mle"], 0, 1, tmp_path / "runs", Stopped(), jobs=1)
+    with TableProgress(grid.num_runs, Console(file=shown, width=200)) as progress:
+        grid.run(progress)
+    assert shown.getvalue() == "mle/seed-0: stopped; done 0 of 1, running 0\n"
+    assert not grid.failures
 
 
 def test_runs_of_other_settings_do_not_enter_under_the_present_ones(table, tmp_path):

@@ -151,12 +151,15 @@ class Grid:
     def _run(self, run: Run, progress: TableProgress) -> dict[str, Any]:
         name = str(run.folder.relative_to(self.folder))
         progress.begin()
-        dev = None
+        dev, otherwise = None, "failed"
         try:
             summary = self.runs(run)
             dev = summary["dev"].get(self.table.metric, float("nan"))
+        except Interrupted:
+            otherwise = "stopped"
+            raise
         finally:
-            progress.end(name, dev)
+            progress.end(name, dev, otherwise)
         return summary
 
     def _next(self, done: Future[list[Job]]) -> list[Job]:

@@ -46,15 +46,18 @@ class TableProgress:
             self.counts["running"] += 1
             self._refresh()
 
-    def end(self, name: str, dev: float | None) -> None:
-        """Count a run that ended, with its dev metric, or None for one that failed.
+    def end(self, name: str, dev: float | None, otherwise: str = "failed") -> None:
+        """Count a run that ended.
 
-        The metric is NaN where a run was trained on dev.
+        Args:
+            name: of the run.
+            dev: its metric, NaN where it was trained on dev, None where it did not come to an end.
+            otherwise: what became of it then.
         """
         with self._lock:
             self.counts["running"] -= 1
-            self.counts["done" if dev is not None else "failed"] += 1
-            figure = "failed" if dev is None else "done"
+            figure = otherwise if dev is None else "done"
+            self.counts[figure] += 1
             if dev is not None and not math.isnan(dev):
                 figure = f"dev {dev:.4f}"
                 self.best = max(self.best or (dev, name), (dev, name), key=lambda best: best[0])
