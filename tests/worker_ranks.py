@@ -28,8 +28,8 @@ from ispen_dist.players import Players, build_players, groups_of, replicated
 
 NUM_EXAMPLES = 9
 SOLVER = {"name": "cg", "max_steps": 12, "rtol": 1e-6, "damping": 30.0, "warm_start": False}
-DAMPING = {"fcn": 100.0}
-"""Of problems whose most negative curvature is beyond that of `SOLVER`: -52 here."""
+DAMPING = dict.fromkeys(problems.IMAGES, 100.0)
+"""Of problems whose most negative curvature is beyond that of `SOLVER`: -52 and -33 here."""
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 CURVATURES = ("hessian", "gauss_newton")
 THETA = OptimizerConfig(learning_rate=3e-3, weight_decay=0.01, final_fraction=0.1, clip_norm=0.5)

@@ -20,6 +20,7 @@ copy of the network instead. Reasons, as measured with torch 2.13 and deepspeed 
 - The padding at the end of a ZeRO-3 partition is uninitialised memory; `Cut.size` leaves it out.
 - ZeRO keeps its optimizer in float32, whatever the type of the parameters. Under bf16, curvature
   reads that copy, which DeepSpeed makes from rounded values, so it is set again from the network.
+  Frozen parameters have none; theirs is kept here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,6 +70,7 @@ class DeepSpeedEngine(Engine):
         self._parameters = dict(wrapped.module.named_parameters())
         self._sharded = wrapped.zero_optimization_stage() == 3
         self._low_precision = wrapped.bfloat16_enabled()
+        self._constants: Tree = {}
         self._cuts: dict[str, Cut] = {}
         if self._sharded:
             self._cuts = {
@@ -86,6 +88,8 @@ class DeepSpeedEngine(Engine):
     def _own(self, name: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
+        if name in self._constants:
+            return self._constants[name]
         p = self._parameters[name]
         if not self._sharded:
             return safe_get_full_fp32_param(p) if self._low_precision else p.detach()
@@ -163,13 +167,17 @@ class DeepSpeedEngine(Engine):
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         for name, p in self._parameters.items():
+            part = parameters[name]
             if self._sharded:
-                p.ds_tensor.copy_(self._padded(name, parameters[name], p.ds_tensor))
-                padded = self._padded(name, parameters[name], p.ds_tensor.float())
-                safe_set_local_fp32_param(p, padded)
+                p.ds_tensor.copy_(self._padded(name, part, p.ds_tensor))
             else:
-                p.copy_(parameters[name])
-                safe_set_full_fp32_param(p, parameters[name])
+                p.copy_(part)
+            if self._low_precision and name in self.frozen:
+                self._constants[name] = part.to(self._engine.device, copy=True)
+            elif self._sharded:
+                safe_set_local_fp32_param(p, self._padded(name, part, p.ds_tensor.float()))
+            else:
+                safe_set_full_fp32_param(p, part)
 
     def moments(self) -> dict[str, Tree]:
         """See `Engine.moments`."""
