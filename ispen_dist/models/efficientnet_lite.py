@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ispen_dist.config import ConfigError
 from ispen_dist.models.dropout import Dropout
@@ -276,9 +277,15 @@ def _mixed(block: nn.Module | None, dropout: nn.Module, x: Tensor) -> Tensor:
 
 def _folded(weights: Mapping[str, Tensor], name: str, norm: str) -> tuple[Tensor, Tensor]:
     """Return weight and bias of a convolution without bias and the batch norm behind it."""
-    scale = weights[f"{norm}.weight"] / (weights[f"{norm}.running_var"] + NORM_EPSILON).sqrt()
-    bias = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale
-    return weights[f"{name}.weight"] * scale.view(-1, 1, 1, 1), bias
+    return fuse_conv_bn_weights(
+        bn_w=weights[f"{norm}.weight"],
+        bn_b=weights[f"{norm}.bias"],
+        bn_rm=weights[f"{norm}.running_mean"],
+        bn_rv=weights[f"{norm}.running_var"],
+        bn_eps=NORM_EPSILON,
+        conv_w=weights[f"{name}.weight"],
+        conv_b=None,
+    )
 
 
 def _file_of(source: str) -> Path:
