@@ -63,20 +63,16 @@ class Engine(ABC):
         self._phase, self.num_taken = phase, 0
         self._forget()
 
-    def learning_rate(self, step: int) -> float:
-        """Return the rate of a step of the phase."""
-        return self.rate_factor * self.phase.learning_rate(step)
-
-    def _settings(self) -> Iterator[tuple[float, float]]:
-        """Yield (learning rate, weight decay) of the next step, by group."""
-        rate = self.learning_rate(self.num_taken)
-        for group in self.groups:
-            trained = group in self.phase.groups
-            yield (rate, self.phase.config.weight_decay) if trained else (0.0, 0.0)
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """Return the rates of a step of the phase, by name of the groups that it trains."""
+        rate = self.rate_factor * self.phase.learning_rate(step)
+        return {group: rate * self.phase.factor(group) for group in self.trained_groups}
 
     def _prepare(self, param_groups: Sequence[dict]) -> None:
-        for group, (rate, decay) in zip(param_groups, self._settings(), strict=True):
-            group["lr"], group["weight_decay"] = rate, decay
+        rates, decay = self.learning_rates(self.num_taken), self.phase.config.weight_decay
+        for name, group in zip(self.groups, param_groups, strict=True):
+            group["lr"] = rates.get(name, 0.0)
+            group["weight_decay"] = decay if name in rates else 0.0
 
     @abstractmethod
     def parameters(self, names: Iterable[str] | None = None) -> Tree:
@@ -126,16 +122,18 @@ class Engine(ABC):
         """
 
     def metric(self) -> Tree | None:
-        """Return own parts of AdamW's metric, `sqrt(v_hat) + eps`, by which it divides a step.
+        """Return own parts of AdamW's metric, `(sqrt(v_hat) + eps) / factor`.
 
-        Of the phase's parameters, on the device of curvature; None before the first step.
+        A step is divided by it, where `factor` is that of the parameter group's learning rate. Of
+        the phase's parameters, on the device of curvature; None before the first step.
         """
         second = self.moments().get("exp_avg_sq")
         if second is None:
             return None
         correction = 1.0 - BETA2**self.num_taken
+        factors = {n: self.phase.factor(g) for g, names in self.trained_groups.items() for n in names}
         return {
-            name: (second[name].to(own) / correction).sqrt() + ADAM_EPSILON
+            name: ((second[name].to(own) / correction).sqrt() + ADAM_EPSILON) / factors[name]
             for name, own in detached(self.parameters(second)).items()
         }
 
@@ -196,10 +194,14 @@ class Engine(ABC):
         )
 
     @property
+    def trained_groups(self) -> dict[str, Sequence[str]]:
+        """Parameter names of the groups that the present phase trains."""
+        return {g: names for g, names in self.groups.items() if g in self.phase.groups}
+
+    @property
     def trained_names(self) -> list[str]:
         """Names of the parameters that the present phase trains, in the order of the groups."""
-        groups = self.groups.items()
-        return [n for group, names in groups if group in self.phase.groups for n in names]
+        return [name for names in self.trained_groups.values() for name in names]
 
 
 def copy_into(targets: Tree, values: Tree) -> None:
@@ -226,7 +228,7 @@ class Engines:
 
     Attributes:
         inference_net: of theta.
-        energy: of phi; groups `local` and `head`.
+        energy: of phi.
     """
 
     inference_net: Engine

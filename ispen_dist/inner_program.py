@@ -14,6 +14,7 @@ The numbers are those of `inner.inner_step`: the same masks, drawn beforehand fr
 and the same optimizer kernel.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -132,13 +133,14 @@ class InnerProgram:
         return [dict(zip(_FIGURES, row.unbind(), strict=True)) for row in rows]
 
     def _scalars(self, like: Tensor, i: int) -> list[Tensor]:
-        """Return learning rate and number of the i-th step from now."""
+        """Return learning rates, one for each parameter group, and number of the i-th step."""
         step = self._engine.num_taken + i
-        # A kernel on a GPU reads the rate as float32; on a CPU it keeps its digits.
+        # A kernel on a GPU reads a rate as float32; on a CPU it keeps its digits.
         rate_type = torch.float32 if like.is_cuda else torch.float64
-        rate = torch.tensor(self._engine.learning_rate(step), dtype=rate_type)
+        rates = self._engine.learning_rates(step).values()
         number = torch.tensor(float(step + 1), dtype=torch.float32)
-        return [rate.to(like.device), number.to(like.device)]
+        scalars = [*(torch.tensor(rate, dtype=rate_type) for rate in rates), number]
+        return [x.to(like.device) for x in scalars]
 
     def _record(
         self,
@@ -200,13 +202,14 @@ def _recorded_step(
     shaped: "_Shaped", clip_norm: float, state: list[Any], fixed: list[Any], own: list[Any]
 ) -> list[Any]:
     """Return the stand-ins of the next state, and of the figures of the step."""
-    *batch_and_masks, rate, number = own
+    num_scalars = shaped.num_groups + 1
+    batch_and_masks, scalars = own[:-num_scalars], own[-num_scalars:]
     theta = state[: len(state) // 3]
     gradient, sums = shaped.gradient(theta, fixed, batch_and_masks)
     # The fused kernel reads a gradient in the order of memory, whatever its strides.
     strides = [p.node.meta["val"].stride() for p in theta]
     gradient = [as_traced(g, stride) for g, stride in zip(gradient, strides, strict=True)]
-    inputs = [*state, *gradient, *sums, rate, number]
+    inputs = [*state, *gradient, *sums, *scalars]
     return list(shaped.update(clip_norm, inputs)(*inputs))
 
 
@@ -251,6 +254,11 @@ class _Shaped:
         self._output = self._output_graph(batch)
         tensors = list(batch.tensors().values())
         self.key = (energy_weight, spec_of(tensors), tuple(map(id, self.graphs)))
+
+    @property
+    def num_groups(self) -> int:
+        """Number of the parameter groups that are trained, each with a learning rate."""
+        return len(self._engines.inference_net.trained_groups)
 
     @property
     def _fixed_names(self) -> list[tuple[str, str]]:
@@ -333,35 +341,47 @@ class _Shaped:
 
         Args:
             clip_norm: see `OptimizerConfig`.
-            inputs: stand-ins for state, gradient, sums, learning rate and number of the step.
+            inputs: stand-ins for state, gradient, sums, learning rates and number of the step.
         """
         engine = self._engines.inference_net
         assert isinstance(engine, ReplicatedEngine)
         settings, weight = engine.adamw_settings, self.energy_weight
         examples = [x.node.meta["val"] for x in inputs]
-        size = (len(inputs) - 5) // 4
+        sizes = [len(names) for names in engine.trained_groups.values()]
+        size = sum(sizes)
 
         def function(*tensors: Tensor) -> list[Tensor]:
             theta, first, second, gradient = (
                 list(tensors[i * size : (i + 1) * size]) for i in range(4)
             )
-            constant, energy, count, rate, number = tensors[4 * size :]
+            constant, energy, count, *rates, number = tensors[4 * size :]
             mean = list(torch._foreach_mul(gradient, 1.0 / count))
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(mean)))
             norm = checked_norm(norm, [constant, energy])
             mean = list(torch._foreach_mul(mean, clip_factor(norm, clip_norm)))
-            theta, _, first, second, _ = torch.ops.aten._fused_adamw.tensor_lr(
-                theta, mean, first, second, [], [number] * size,
-                lr=rate, amsgrad=False, maximize=False, found_inf=found_inf(norm), **settings,
-            )  # fmt: skip
+            left_out = found_inf(norm)
+            state: list[list[Tensor]] = [[], [], []]
+            groups = zip(*(_split(x, sizes) for x in (theta, mean, first, second)), strict=True)
+            for (p, g, m, v), rate in zip(groups, rates, strict=True):
+                p, _, m, v, _ = torch.ops.aten._fused_adamw.tensor_lr(
+                    p, g, m, v, [], [number] * len(p),
+                    lr=rate, amsgrad=False, maximize=False, found_inf=left_out, **settings,
+                )  # fmt: skip
+                for kept, new in zip(state, (p, m, v), strict=True):
+                    kept += new
             figures = _figures([constant / count, energy / count], weight, norm)
-            return [*theta, *first, *second, *figures.values()]
+            return [*itertools.chain(*state), *figures.values()]
 
-        key = ("update", clip_norm, weight, tuple(settings.items()), spec_of(examples))
+        key = ("update", clip_norm, weight, tuple(settings.items()), *sizes, spec_of(examples))
         return self._compiler.once(
             key,
             lambda: self._compiler.compile(trace(function, examples, "update").module, "update"),
         )
+
+
+def _split(tensors: list[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
+    rest = iter(tensors)
+    return [list(itertools.islice(rest, size)) for size in sizes]
 
 
 def _forward(

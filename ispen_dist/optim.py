@@ -15,6 +15,9 @@ CLIP_EPSILON = 1e-6
 BETA2, ADAM_EPSILON = 0.999, 1e-8
 """Decay of second moments, and what is added to their roots: torch's defaults, in all engines."""
 
+PRETRAINED = "pretrained"
+"""Name of the parameter group of a pretrained encoder's layers."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -22,7 +25,7 @@ class Phase:
 
     Attributes:
         name: for checkpoints.
-        config: learning rate, decay, clipping.
+        config: learning rate, decay, clipping, the factor of pretrained layers.
         num_steps: of the whole phase, for the schedule.
         groups: names of the parameter groups that are trained; the others stand still.
     """
@@ -31,6 +34,10 @@ class Phase:
     config: OptimizerConfig
     num_steps: int
     groups: frozenset[str]
+
+    def factor(self, group: str) -> float:
+        """Return what the learning rate is multiplied with for a parameter group."""
+        return self.config.pretrained_factor if group == PRETRAINED else 1.0
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of a step (steps already taken): linear warm-up, then cosine."""

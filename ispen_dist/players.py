@@ -18,7 +18,11 @@ from ispen_dist.models.output_spaces import Inputs, OutputSpace
 from ispen_dist.models.pretrained import PretrainedTagger
 from ispen_dist.models.registry import build_energy, build_network, output_space
 from ispen_dist.objectives import Energy, View
+from ispen_dist.optim import PRETRAINED
 from ispen_dist.replicas import ReplicatedEngine
+
+ENCODERS = (PretrainedTagger, EfficientNetLite0)
+"""Networks with weights that were learned before."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def load_pretrained(players: Players) -> None:
     """
     for network in (players.inference_net, players.energy.feature_network):
         for module in network.modules():
-            if isinstance(module, PretrainedTagger | EfficientNetLite0):
+            if isinstance(module, ENCODERS):
                 module.load_pretrained()
 
 
@@ -174,12 +178,29 @@ def networks_of(players: Players) -> dict[str, nn.Module]:
 
 
 def groups_of(network: nn.Module) -> dict[str, list[str]]:
-    """Return names of trainable parameters by group: an energy has `local` and `head`."""
-    names = [name for name, p in network.named_parameters() if p.requires_grad]
-    if not isinstance(network, EnergyNetwork):
-        return {"all": names}
-    local = [name for name in names if is_local(name)]
-    return {"local": local, "head": [name for name in names if not is_local(name)]}
+    """Return names of trainable parameters by group.
+
+    The groups are `new`, in an energy `local` and `head`, and `pretrained` where an encoder has
+    such layers; that of an energy is local too.
+    """
+    pretrained = tuple(
+        f"{prefix}.{name}." if prefix else f"{name}."
+        for prefix, module in network.named_modules()
+        if isinstance(module, ENCODERS)
+        for name in module.pretrained
+    )
+    groups: dict[str, list[str]] = {}
+    for name, p in network.named_parameters():
+        if not p.requires_grad:
+            continue
+        if pretrained and name.startswith(pretrained):
+            group = PRETRAINED
+        elif isinstance(network, EnergyNetwork):
+            group = "local" if is_local(name) else "head"
+        else:
+            group = "new"
+        groups.setdefault(group, []).append(name)
+    return groups
 
 
 def replicated(players: Players, reduction: Reduction | None = None) -> Engines:

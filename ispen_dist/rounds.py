@@ -90,20 +90,21 @@ class Rounds:
             weight_decay=config.inner.optimizer.weight_decay,
             final_fraction=0.0,
             clip_norm=config.inner.optimizer.clip_norm,
+            pretrained_factor=config.inner.optimizer.pretrained_factor,
         )
         num_inner, num_warmup = (
             schedule.first_inner(n) for n in (schedule.num_rounds, train.warmup_rounds)
         )
-        learned = frozenset({"head"} if config.energy.freeze_local else {"local", "head"})
+        network, energy = self.engines.inference_net, self.engines.energy
+        local_groups = frozenset(energy.groups) - {"head"}
+        learned = frozenset(energy.groups) - (local_groups if config.energy.freeze_local else set())
         outer = config.outer.optimizer
-        self.engines.inference_net.begin(
-            Phase("inner", config.inner.optimizer, num_inner, frozenset({"all"}))
-        )
-        pretraining = Phase("pretrain", local, num_warmup, frozenset({"local"}))
+        network.begin(Phase("inner", config.inner.optimizer, num_inner, frozenset(network.groups)))
+        pretraining = Phase("pretrain", local, num_warmup, local_groups)
         num_outer = train.max_outer_steps * config.outer.steps
         self.learning = Phase("outer", outer, num_outer, learned)
         begins = pretraining if schedule.is_warm_up(0) else self.learning
-        self.engines.energy.begin(begins)
+        energy.begin(begins)
 
     def _build_steps(self) -> None:
         config = self.config

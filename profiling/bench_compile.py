@@ -46,7 +46,7 @@ def measure(num_blocks: int, repetitions: int) -> list[tuple[str, str, list[floa
     problem = build_problem("transformer", torch.device("cpu"), torch.float32, sizes)
     engines = replicated(problem.players)
     settings = OptimizerConfig(learning_rate=1e-3)
-    engines.inference_net.begin(Phase("inner", settings, 10**6, frozenset({"all"})))
+    engines.inference_net.begin(Phase("inner", settings, 10**6, frozenset({"new"})))
     batches = [problem.batch] * NUM_STEPS
     inner, curvature = Compiler(), Compiler()
     program = InnerProgram(problem.players, engines, inner)

@@ -183,7 +183,7 @@ def test_two_heads_take_every_path_alike():
     engines = [replicated(players) for players in (plain, compiled)]
     for pair in engines:
         optimizer = plain.config.inner.optimizer
-        pair.inference_net.begin(Phase("inner", optimizer, 9, frozenset({"all"})))
+        pair.inference_net.begin(Phase("inner", optimizer, 9, frozenset({"new"})))
     rows = [inner_step(plain, engines[0], batch, 0.3) for batch in batches]
     program = InnerProgram(compiled, engines[1], Compiler("trace"))
     for row, other in zip(rows, program(batches, 0.3, lambda i: None), strict=True):

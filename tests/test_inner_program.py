@@ -12,7 +12,7 @@ from ispen_dist.graphs.compiler import Compiler
 from ispen_dist.inner import inner_step
 from ispen_dist.inner_program import InnerProgram
 from ispen_dist.ops import using_kernels
-from ispen_dist.optim import Phase
+from ispen_dist.optim import PRETRAINED, Phase
 from ispen_dist.players import build_players, replicated
 from ispen_dist.seeding import seed_step
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 TASKS = ["multilabel", "transformer"]
 NUM_ROUNDS, NUM_STEPS = 3, 4
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
-PHASE = Phase("inner", OPTIMIZER, 100, frozenset({"all"}))
+PHASE = Phase("inner", OPTIMIZER, 100, frozenset({"new"}))
 
 
 class Run:
@@ -81,8 +81,7 @@ def players_of(task, fixed="mle", **net):
         inference_net=dataclasses.replace(config.inference_net, **settings),
         inner=dataclasses.replace(config.inner, fixed=fixed),
     )
-    codec = problems.multilabel_codec() if multilabel else problems.tagging_codec()
-    players = build_players(config, codec, problems.CPU)
+    players = build_players(config, problems.codec_of(task), problems.CPU)
     with torch.no_grad():
         for name, value in problems.random_phi(players).items():
             players.phi[name].copy_(value)
@@ -219,7 +218,7 @@ def spoiled(batch):
 
 def test_the_schedule_enters():
     optimizer = dataclasses.replace(OPTIMIZER, warmup_steps=3)
-    phase = Phase("inner", optimizer, 12, frozenset({"all"}))
+    phase = Phase("inner", optimizer, 12, frozenset({"new"}))
     run, _ = compare("multilabel", "trace", 0.5, phase=phase)
     constant = Run("multilabel", "trace", 0.5)
     for r in range(NUM_ROUNDS):
@@ -229,6 +228,20 @@ def test_the_schedule_enters():
         for a, b in zip(run.players.theta.values(), constant.players.theta.values(), strict=True)
     ]
     assert max(distance) > 1e-3
+
+
+@pytest.mark.parametrize("whole_round", [True, False])
+def test_layers_of_a_pretrained_encoder_have_a_rate_of_their_own(whole_round):
+    optimizer = dataclasses.replace(OPTIMIZER, pretrained_factor=0.01)
+    phase = Phase("inner", optimizer, 12, frozenset({"new", PRETRAINED}))
+    # Its gradient is rounding alone, which Adam makes full-size.
+    settings = {"frozen": ["blocks.0.attention.self.key.bias"], "whole_round": whole_round}
+    run, _ = compare("pretrained", "trace", 0.5, phase=phase, **settings)
+    start = Run("pretrained", "trace").players.theta
+    moved = {name: (p - start[name]).abs().max() for name, p in run.players.theta.items()}
+    groups = run.engine.groups
+    largest = max(moved[name] for name in groups[PRETRAINED])
+    assert 0.0 < largest < 0.2 * min(moved[name] for name in groups["new"])
 
 
 def test_steps_continue_from_a_checkpoint():

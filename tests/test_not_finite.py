@@ -89,7 +89,7 @@ def test_a_run_that_shall_stop_ends_with_code_3_on_all_ranks(plant, flag, words,
 def test_a_skipped_step_leaves_parameters_and_moments_and_counts_as_taken():
     players = build_players(problems.multilabel_config(), problems.multilabel_codec(), problems.CPU)
     engines = replicated(players)
-    engines.inference_net.begin(Phase("inner", OptimizerConfig(), 10, frozenset({"all"})))
+    engines.inference_net.begin(Phase("inner", OptimizerConfig(), 10, frozenset({"new"})))
     batch = problems.random_batch("multilabel", 6, 0).to(problems.CPU, torch.float64)
     spoiled = replace(batch, inputs={k: x * torch.nan for k, x in batch.inputs.items()})
     states = []

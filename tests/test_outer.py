@@ -152,7 +152,7 @@ ALL = pytest.mark.parametrize("solver_name", SOLVERS)
 
 def with_moments(outer):
     """Take two steps of the inference network, which leave moments in its optimizer."""
-    outer.engines.inference_net.begin(phase("all", learning_rate=1e-2))
+    outer.engines.inference_net.begin(phase("new", learning_rate=1e-2))
     for seed in (3, 4):
         batch = problems.random_batch("multilabel", 6, seed)
         inner_step(outer.players, outer.engines, batch, 0.3)
@@ -187,7 +187,7 @@ def test_the_metric_is_what_adam_divides_by():
     first, metric = engine.moments()["exp_avg"], engine.metric()
     assert list(metric) == list(before)
     for name, value in before.items():
-        step = engine.learning_rate(2) * first[name] / (1.0 - 0.9**3) / metric[name]
+        step = engine.learning_rates(2)["new"] * first[name] / (1.0 - 0.9**3) / metric[name]
         torch.testing.assert_close(outer.players.theta[name].detach(), value - step)
 
 

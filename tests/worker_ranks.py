@@ -32,10 +32,14 @@ DAMPING = dict.fromkeys(problems.IMAGES, 100.0)
 """Of problems whose most negative curvature is beyond that of `SOLVER`: -52 and -33 here."""
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 CURVATURES = ("hessian", "gauss_newton")
-THETA = OptimizerConfig(learning_rate=3e-3, weight_decay=0.01, final_fraction=0.1, clip_norm=0.5)
-LOCAL = OptimizerConfig(learning_rate=2e-3, weight_decay=0.02, clip_norm=0.3)
-PHI = OptimizerConfig(learning_rate=1e-3, weight_decay=0.03, clip_norm=0.2)
-TRAJECTORIES = ("multilabel", "bilstm", "transformer")
+THETA = OptimizerConfig(
+    learning_rate=3e-3, weight_decay=0.01, final_fraction=0.1, clip_norm=0.5, pretrained_factor=0.3
+)
+LOCAL = OptimizerConfig(
+    learning_rate=2e-3, weight_decay=0.02, clip_norm=0.3, pretrained_factor=0.2
+)
+PHI = OptimizerConfig(learning_rate=1e-3, weight_decay=0.03, clip_norm=0.2, pretrained_factor=0.1)
+TRAJECTORIES = ("multilabel", "bilstm", "transformer", "pretrained")
 NUM_STEPS, NUM_PRETRAINING = 20, 6
 
 
@@ -121,8 +125,9 @@ def trajectory(session, task: str, solver_name: str = "cg") -> Tree:
     """Return both networks after `NUM_STEPS` steps through the engines."""
     players, engines = engines_of(session, players_of(task, "float32", solver_name=solver_name))
     rows = rows_of(session.rank, session.num_ranks)
-    engines.inference_net.begin(Phase("inner", THETA, NUM_STEPS, frozenset({"all"})))
-    engines.energy.begin(Phase("pretrain", LOCAL, NUM_PRETRAINING, frozenset({"local"})))
+    theta, phi = (frozenset(engine.groups) for _, engine in engines.items())
+    engines.inference_net.begin(Phase("inner", THETA, NUM_STEPS, theta))
+    engines.energy.begin(Phase("pretrain", LOCAL, NUM_PRETRAINING, phi - {"head"}))
     outer_step = OuterStep(players, engines, 0, SolverRecord(damping=SOLVER["damping"]))
     for i in range(NUM_STEPS):
         batch = batch_of(task, i, rows, "float32")
@@ -131,9 +136,7 @@ def trajectory(session, task: str, solver_name: str = "cg") -> Tree:
             pretrain_local_step(players, engines, batch)
             continue
         if i == NUM_PRETRAINING:
-            engines.energy.begin(
-                Phase("outer", PHI, NUM_STEPS - NUM_PRETRAINING, frozenset({"local", "head"}))
-            )
+            engines.energy.begin(Phase("outer", PHI, NUM_STEPS - NUM_PRETRAINING, phi))
         outer_step(batch, batch_of(task, 100 + i, rows, "float32"), i)
     return whole("theta", engines.inference_net, engines.inference_net.parameters()) | whole(
         "phi", engines.energy, engines.energy.parameters()
@@ -176,12 +179,25 @@ def plain_solve(
     )
 
 
+def of_encoder(task: str, name: str) -> bool:
+    """Whether a parameter is of a pretrained encoder."""
+    own = name.removeprefix("feature_network.")
+    return task == "pretrained" and own.startswith(("embeddings.", "blocks."))
+
+
+def by_layers(task: str, tree: Tree) -> list[dict]:
+    """Return the optimizer's groups: new parameters, and those of an encoder if there are any."""
+    groups = ([p for n, p in tree.items() if of_encoder(task, n) == x] for x in (False, True))
+    return [{"params": group} for group in groups if group]
+
+
 def reference_trajectory(task: str, solver_name: str = "cg") -> Tree:
     """Return both networks after the same steps by AdamW, clip_grad_norm_ and autograd."""
     players = players_of(task, "float32")
-    theta = torch.optim.AdamW(players.theta.values(), weight_decay=THETA.weight_decay)
-    local = torch.optim.AdamW(players.local.values(), weight_decay=LOCAL.weight_decay)
-    phi = torch.optim.AdamW(players.phi.values(), weight_decay=PHI.weight_decay)
+    theta, local, phi = (
+        torch.optim.AdamW(by_layers(task, tree), weight_decay=config.weight_decay)
+        for tree, config in ((players.theta, THETA), (players.local, LOCAL), (players.phi, PHI))
+    )
     phases = (
         Phase("inner", THETA, NUM_STEPS, frozenset()),
         Phase("pretrain", LOCAL, NUM_PRETRAINING, frozenset()),
@@ -189,9 +205,13 @@ def reference_trajectory(task: str, solver_name: str = "cg") -> Tree:
     )
 
     def update(optimizer: torch.optim.Optimizer, phase: Phase, step: int) -> None:
-        parameters = optimizer.param_groups[0]["params"]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grad_norm_(parameters, phase.config.clip_norm)
-        optimizer.param_groups[0]["lr"] = phase.learning_rate(step)
+        rate = phase.learning_rate(step)
+        for group, factor in zip(
+            optimizer.param_groups, (1.0, phase.config.pretrained_factor), strict=False
+        ):
+            group["lr"] = rate * factor
         optimizer.step()
         optimizer.zero_grad()
 
@@ -213,7 +233,8 @@ def reference_trajectory(task: str, solver_name: str = "cg") -> Tree:
         solver: Solver = PLAIN_SOLVER
         if solver_name == "sama":
             metric = {
-                name: (theta.state[p]["exp_avg_sq"] / (1.0 - 0.999 ** (i + 1))).sqrt() + 1e-8
+                name: ((theta.state[p]["exp_avg_sq"] / (1.0 - 0.999 ** (i + 1))).sqrt() + 1e-8)
+                / (THETA.pretrained_factor if of_encoder(task, name) else 1.0)
                 for name, p in players.theta.items()
             }
             solver = Sama(SolverConfig().scale, metric)
@@ -239,7 +260,7 @@ def main() -> None:
         for task in TRAJECTORIES:
             result |= {f"{task}/{k}": v for k, v in trajectory(session, task).items()}
     if "sama" in wanted:
-        result |= {f"sama/{k}": v for k, v in trajectory(session, "multilabel", "sama").items()}
+        result |= {f"sama/{k}": v for k, v in trajectory(session, "pretrained", "sama").items()}
     # A gradient may lie by columns (`constant_linear`); safetensors stores rows only.
     save_file(
         {name: value.contiguous() for name, value in result.items()},

@@ -23,6 +23,9 @@ class OptimizerConfig:
     """Learning rate at the end as a share of the peak; 1 keeps it constant."""
     clip_norm: float = 5.0
     """Limit on the gradient's norm; 0 switches clipping off."""
+    pretrained_factor: float = 1.0
+    """Learning rate of a pretrained encoder's layers, as a multiple of that of the others: new layers
+    want larger steps than those that have learned before."""
 
     def check(self, section: str) -> None:
         """Check the settings; `section` is the name they have in messages."""
@@ -34,6 +37,7 @@ class OptimizerConfig:
             warmup_steps=(0, ANY),
             final_fraction=(0.0, 1.0),
             clip_norm=(0.0, ANY),
+            pretrained_factor=(1e-30, ANY),
         )
 
 

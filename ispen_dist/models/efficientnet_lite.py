@@ -150,6 +150,11 @@ class EfficientNetLite0(StagedNetwork):
             for module in (*([self.stem] if frozen else []), *self.down[:frozen]):
                 module.requires_grad_(False)
 
+    @property
+    def pretrained(self) -> tuple[str, ...]:
+        """Names of the modules that `load_pretrained` fills."""
+        return ("stem", "down") if self.source else ()
+
     def load_pretrained(self) -> None:
         """Read the encoder's weights, and fold its batch norm and its scale of pixels into them.
 

@@ -61,6 +61,11 @@ class PretrainedTagger(StagedNetwork):
             for module in (self.embeddings, *self.blocks[: max(frozen, 0)]):
                 module.requires_grad_(False)
 
+    @property
+    def pretrained(self) -> tuple[str, ...]:
+        """Names of the modules that `load_pretrained` fills."""
+        return ("embeddings", "blocks")
+
     def load_pretrained(self) -> None:
         """Read the encoder's weights, from safetensors alone.
 
