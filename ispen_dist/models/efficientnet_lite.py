@@ -227,6 +227,8 @@ class EfficientNetLite0(StagedNetwork):
         image = self.feature_dropout(inputs["image"])
         if self.enlarge > 1:
             image = F.interpolate(image, scale_factor=self.enlarge, mode="bilinear")
+        # Every map behind it lies in this order too, in which a CPU convolves a channel alone fast.
+        image = image.contiguous(memory_format=torch.channels_last)
         return (first(_relu6(self.stem(image))),)
 
     def _score(self, inputs: Inputs, x: Tensor) -> State:
