@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 RUNTIMES = {
@@ -27,7 +28,9 @@ def start_ranks(script: Path, num_ranks: int, *arguments: str, runtime: str = "r
     """Run a script as ranks 0 to n-1 on this machine and fail with the output of one that fails."""
     port = str(free_port())
     processes = []
-    for rank in range(num_ranks):
+    # Files, not pipes: a rank whose pipe is full waits for a reader, and the others wait for it.
+    outputs = [tempfile.TemporaryFile("w+") for _ in range(num_ranks)]
+    for rank, output in enumerate(outputs):
         environment = {
             **os.environ,
             **ENVIRONMENTS[runtime],
@@ -43,11 +46,12 @@ def start_ranks(script: Path, num_ranks: int, *arguments: str, runtime: str = "r
             subprocess.Popen(
                 [sys.executable, str(script), *arguments],
                 env=environment,
-                stdout=subprocess.PIPE,
+                stdout=output,
                 stderr=subprocess.STDOUT,
-                text=True,
             )
         )
-    outputs = [process.communicate(timeout=540)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+        with output:
+            returncode = process.wait(timeout=540)
+            output.seek(0)
+            assert returncode == 0, output.read()
