@@ -82,8 +82,8 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return maps of the same size, or of half of it."""
-        wide = x if self.expand is None else _relu6(self.expand(x))
-        y = self.project(_relu6(self.depthwise(wide)))
+        wide = x if self.expand is None else F.relu6(self.expand(x))
+        y = self.project(F.relu6(self.depthwise(wide)))
         return x + y if self.adds else y
 
 
@@ -229,7 +229,7 @@ class EfficientNetLite0(StagedNetwork):
             image = F.interpolate(image, scale_factor=self.enlarge, mode="bilinear")
         # Every map behind it lies in this order too, in which a CPU convolves a channel alone fast.
         image = image.contiguous(memory_format=torch.channels_last)
-        return (first(_relu6(self.stem(image))),)
+        return (first(F.relu6(self.stem(image))),)
 
     def _score(self, inputs: Inputs, x: Tensor) -> State:
         x = F.avg_pool2d(x, self.enlarge * self.output_stride // 2)
@@ -251,10 +251,6 @@ def _encoder(halvings: Sequence[Sequence[_Blocks]]) -> Iterator[nn.Sequential]:
 
 def _present(*modules: nn.Module | None) -> list[nn.Module]:
     return [module for module in modules if module is not None]
-
-
-def _relu6(x: Tensor) -> Tensor:
-    return x.clamp(0.0, 6.0)
 
 
 def _down(block: nn.Module, inputs: Inputs, *maps: Tensor) -> State:
