@@ -131,7 +131,8 @@ class Engine(ABC):
         if second is None:
             return None
         correction = 1.0 - BETA2**self.num_taken
-        factors = {n: self.phase.factor(g) for g, names in self.trained_groups.items() for n in names}
+        groups = self.trained_groups.items()
+        factors = {name: self.phase.factor(group) for group, names in groups for name in names}
         return {
             name: ((second[name].to(own) / correction).sqrt() + ADAM_EPSILON) / factors[name]
             for name, own in detached(self.parameters(second)).items()

@@ -1,5 +1,6 @@
 """Starts several ranks of a script on this machine, as accelerate launch would."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -27,31 +28,29 @@ def free_port() -> int:
 def start_ranks(script: Path, num_ranks: int, *arguments: str, runtime: str = "replicas") -> None:
     """Run a script as ranks 0 to n-1 on this machine and fail with the output of one that fails."""
     port = str(free_port())
-    processes = []
-    # Files, not pipes: a rank whose pipe is full waits for a reader, and the others wait for it.
-    outputs = [tempfile.TemporaryFile("w+") for _ in range(num_ranks)]
-    for rank, output in enumerate(outputs):
-        environment = {
-            **os.environ,
-            **ENVIRONMENTS[runtime],
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-        }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(script), *arguments],
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
+    with contextlib.ExitStack() as stack:
+        ranks = []
+        for rank in range(num_ranks):
+            environment = {
+                **os.environ,
+                **ENVIRONMENTS[runtime],
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(num_ranks),
+                "LOCAL_WORLD_SIZE": str(num_ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+            }
+            # No pipe: a rank waits for the reader of a full one, and the other ranks wait for it.
+            output = stack.enter_context(tempfile.TemporaryFile("w+"))
+            command = [sys.executable, str(script), *arguments]
+            process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT
             )
-        )
-    for process, output in zip(processes, outputs, strict=True):
-        with output:
+            stack.callback(process.kill)
+            ranks.append((process, output))
+        for process, output in ranks:
             returncode = process.wait(timeout=540)
             output.seek(0)
             assert returncode == 0, output.read()

@@ -318,7 +318,9 @@ def test_a_model_predicts_masks_into_a_file(tmp_path, write, stride):
     assert read_images(tmp_path / "out.npz").require_masks().shape == (3, 5, 4)
 
 
-@pytest.mark.parametrize(("name", "side"), [("weizmann_horses", 32), ("weizmann_horses_efficientnet", 64)])
+@pytest.mark.parametrize(
+    ("name", "side"), [("weizmann_horses", 32), ("weizmann_horses_efficientnet", 64)]
+)
 def test_the_horses_are_cut_as_their_split_file_says(name, side, shared_data, monkeypatch):
     if not (shared_data / "weizmann_horses").is_dir():
         pytest.skip(f"no weizmann_horses in {shared_data}")

@@ -35,9 +35,7 @@ CURVATURES = ("hessian", "gauss_newton")
 THETA = OptimizerConfig(
     learning_rate=3e-3, weight_decay=0.01, final_fraction=0.1, clip_norm=0.5, pretrained_factor=0.3
 )
-LOCAL = OptimizerConfig(
-    learning_rate=2e-3, weight_decay=0.02, clip_norm=0.3, pretrained_factor=0.2
-)
+LOCAL = OptimizerConfig(learning_rate=2e-3, weight_decay=0.02, clip_norm=0.3, pretrained_factor=0.2)
 PHI = OptimizerConfig(learning_rate=1e-3, weight_decay=0.03, clip_norm=0.2, pretrained_factor=0.1)
 TRAJECTORIES = ("multilabel", "bilstm", "transformer", "pretrained")
 NUM_STEPS, NUM_PRETRAINING = 20, 6

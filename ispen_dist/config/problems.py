@@ -24,8 +24,8 @@ class OptimizerConfig:
     clip_norm: float = 5.0
     """Limit on the gradient's norm; 0 switches clipping off."""
     pretrained_factor: float = 1.0
-    """Learning rate of a pretrained encoder's layers, as a multiple of that of the others: new layers
-    want larger steps than those that have learned before."""
+    """Learning rate of a pretrained encoder's layers, as a multiple of that of the others: new
+    layers want larger steps than those that have learned before."""
 
     def check(self, section: str) -> None:
         """Check the settings; `section` is the name they have in messages."""
