@@ -66,6 +66,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="with --show: what p is against; default: as the table says")  # fmt: skip
     add("--methods", help="comma-separated; default: all of the table")
     add("--seeds", type=int, help="final runs of a method; default: as the table says")
+    add("--first-seed", type=int,
+        help="the first of them, where NAME_seeds.csv has those before it; default 0")  # fmt: skip
     add("--budget", type=int, help="tuning runs of a method; default: as the table says")
     add("--jobs", type=int, default=2, help="runs at a time; default 2")
     add("--gpus", type=int, default=0, help="GPUs of this machine, one run at a time on each")
@@ -76,15 +78,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tables", type=Path, default=ROOT / "configs" / "tables", help="folder of tables")
     add("--method-files", type=Path, default=ROOT / "configs" / "methods", help="and of methods")
     arguments = parser.parse_args(argv)
-    for name, least in (("seeds", 1), ("budget", 0), ("jobs", 1), ("gpus", 0)):
-        count = getattr(arguments, name)
+    given = {name.replace("_", "-"): value for name, value in vars(arguments).items()}
+    least_of = {"seeds": 1, "first-seed": 0, "budget": 0, "jobs": 1, "gpus": 0}
+    for flag, least in least_of.items():
+        count = given[flag]
         if count is not None and count < least:
-            parser.error(f"--{name}: expected a whole number of at least {least}, got {count}")
+            parser.error(f"--{flag}: expected a whole number of at least {least}, got {count}")
     if arguments.reference is not None and not arguments.show:
         parser.error("--reference: expected --show with it; what is written keeps the table's own")
-    for name in ("methods", "seeds", "budget"):
-        if arguments.show and getattr(arguments, name) is not None:
-            parser.error(f"--{name}: expected none with --show, which runs nothing")
+    for flag in ("methods", "seeds", "first-seed", "budget"):
+        if arguments.show and given[flag] is not None:
+            parser.error(f"--{flag}: expected none with --show, which runs nothing")
     if arguments.gpus and arguments.slurm:
         parser.error("expected --gpus or --slurm, got both; GPUs of jobs are flags of --slurm")
     return arguments
@@ -95,11 +99,12 @@ def make_table(arguments: argparse.Namespace, console: Console) -> int:
     table = find_table(arguments)
     methods = choose_methods(table, arguments.methods)
     read_record(record_path(arguments.output, table))  # malformed, it is told before hours of runs
+    first, count = arguments.first_seed or 0, arguments.seeds or table.seeds
     grid = Grid(
         table=table,
         methods=methods,
         budget=table.budget if arguments.budget is None else arguments.budget,
-        seeds=arguments.seeds or table.seeds,
+        seeds=range(first, first + count),
         folder=arguments.runs.resolve() / table.name,
         runs=find_runs(arguments),
         jobs=arguments.gpus or arguments.jobs,

@@ -93,4 +93,8 @@ def test_recorded_seeds_are_shown_against_any_method_and_nothing_is_run(tmp_path
     assert "--reference: expected --show with it" in error
     _, error = called(*command, "--seeds", "3", expect=2)
     assert "--seeds: expected none with --show" in error
+    _, error = called(*command, "--first-seed", "0", expect=2)
+    assert "--first-seed: expected none with --show" in error
+    _, error = called(*command[:-1], "--first-seed", "-1", expect=2)
+    assert "--first-seed: expected a whole number of at least 0, got -1" in error
     assert sorted(tmp_path.rglob("*")) == before

@@ -73,9 +73,10 @@ def table(tmp_path):
     return read_table(tmp_path / "tiny.yaml", tmp_path)
 
 
-def go(table, folder, runs, **changes):
-    settings = {"methods": list(table.method_files), "budget": table.budget, "seeds": table.seeds}
-    grid = Grid(table=table, folder=folder, runs=runs, jobs=1, **(settings | changes))
+def go(table, folder, runs, seeds=None, **changes):
+    settings = {"methods": list(table.method_files), "budget": table.budget} | changes
+    seeds = range(table.seeds) if seeds is None else seeds
+    grid = Grid(table=table, folder=folder, runs=runs, jobs=1, seeds=seeds, **settings)
     with TableProgress(grid.num_runs, Console(file=io.StringIO())) as progress:
         grid.run(progress)
     # Trials of an earlier command are counted too.
@@ -211,7 +212,8 @@ def test_methods_of_earlier_commands_stay_while_their_settings_do(table, tmp_pat
     assert methods_after("first", methods=first, budget=0)[0] == ["mle", "nce_implicit"]
     everything = list(table.method_files)
     # On another machine, whose folder of runs is empty.
-    shown, record, text = methods_after("second", methods=["nce_explicit"], budget=0, seeds=1)
+    only = {"methods": ["nce_explicit"], "budget": 0, "seeds": range(1)}
+    shown, record, text = methods_after("second", **only)
     assert shown == everything
     assert {m: [run.seed for run in record[m]] for m in everything} == {
         "mle": [0, 1], "nce_explicit": [0], "nce_implicit": [0, 1],
@@ -219,9 +221,15 @@ def test_methods_of_earlier_commands_stay_while_their_settings_do(table, tmp_pat
     assert "| mle | f1 | 2 | 0 | 0.4050 +- 0.0071 | 0.4900 | - |" in text
     # Fewer seeds take none away, and what is made of the file alone is the same.
     before = (tmp_path / "out" / "tiny.csv").read_text()
-    shown, record, _ = methods_after("third", methods=["mle"], budget=0, seeds=1)
+    shown, record, _ = methods_after("third", methods=["mle"], budget=0, seeds=range(1))
     assert [run.seed for run in record["mle"]] == [0, 1]
     assert (tmp_path / "out" / "tiny.csv").read_text() == before
+    # Later seeds alone, on a machine without the runs of the first.
+    later = {"methods": ["mle"], "budget": 0, "seeds": range(2, 4)}
+    shown, record, text = methods_after("later", **later)
+    assert shown == everything
+    assert [run.seed for run in record["mle"]] == [0, 1, 2, 3]
+    assert "| mle | f1 | 4 |" in text
     # A comment changes nothing, a setting does: that method leaves the table, and keeps its runs.
     (tmp_path / "mle.yaml").write_text("# the same\ntrain: {method: mle}\n")
     (tmp_path / "nce_implicit.yaml").write_text("train: {method: implicit}\n")
@@ -287,7 +295,7 @@ def test_a_run_that_was_told_to_stop_is_not_counted_as_failed(table, tmp_path):
             raise Interrupted
 
     shown = io.StringIO()
-    grid = Grid(table, ["mle"], 0, 1, tmp_path / "runs", Stopped(), jobs=1)
+    grid = Grid(table, ["mle"], 0, range(1), tmp_path / "runs", Stopped(), jobs=1)
     with TableProgress(grid.num_runs, Console(file=shown, width=200)) as progress:
         grid.run(progress)
     assert shown.getvalue() == "mle/seed-0: stopped; done 0 of 1, running 0\n"

@@ -48,7 +48,7 @@ class Grid:
         table: which table.
         methods: those of its methods that are run.
         budget: tuning runs of every method.
-        seeds: final runs of every method, with seeds 0 to N-1.
+        seeds: of the final runs of every method.
         folder: of the runs of this table.
         runs: where they are executed.
         jobs: runs at a time.
@@ -61,7 +61,7 @@ class Grid:
     table: TableDefinition
     methods: Sequence[str]
     budget: int
-    seeds: int
+    seeds: range
     folder: Path
     runs: Runs
     jobs: int
@@ -71,7 +71,7 @@ class Grid:
     @property
     def num_runs(self) -> int:
         """Runs in all."""
-        return len(self.methods) * self.budget + len(self._rows) * self.seeds
+        return len(self.methods) * self.budget + len(self._rows) * len(self.seeds)
 
     @property
     def _rows(self) -> list[str]:
@@ -126,7 +126,7 @@ class Grid:
         settings = tuning.run()
         return [
             partial(self._train, method, tuning.files, {**settings, "train.seed": seed})
-            for seed in range(self.seeds)
+            for seed in self.seeds
         ]
 
     def _train(
@@ -177,10 +177,10 @@ class Grid:
         found = {}
         asked = [method for method in self.methods if method not in self.refused]
         for row in (row for method in asked for row in self.table.rows_of(method)):
-            runs = [self._read(row, seed) for seed in range(self.seeds)]
+            runs = [self._read(row, seed) for seed in self.seeds]
             if done := [run for run in runs if run is not None]:
                 found[row] = done
-        return {row: done for row, done in found.items() if len(done) == self.seeds}
+        return {row: done for row, done in found.items() if len(done) == len(self.seeds)}
 
     def _read(self, row: str, seed: int) -> FinalRun | None:
         folder = self._final(row, seed)
