@@ -38,7 +38,7 @@ THETA = OptimizerConfig(
 LOCAL = OptimizerConfig(learning_rate=2e-3, weight_decay=0.02, clip_norm=0.3, pretrained_factor=0.2)
 PHI = OptimizerConfig(learning_rate=1e-3, weight_decay=0.03, clip_norm=0.2, pretrained_factor=0.1)
 TRAJECTORIES = ("multilabel", "bilstm", "transformer", "pretrained")
-NUM_STEPS, NUM_PRETRAINING = 20, 6
+NUM_STEPS, NUM_PRETRAINING = 14, 6
 
 
 def rows_of(rank: int, num_ranks: int) -> list[int]:
