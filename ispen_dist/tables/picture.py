@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 from ispen_dist.tables.definition import TableDefinition
 from ispen_dist.tables.summary import Row
@@ -45,4 +46,6 @@ def _panel(axes: Axes, rows: Sequence[Row], reference: str) -> None:
             axes.axvline(row.mean, color=_REFERENCE, linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(rows)), [row.method for row in rows])
     axes.invert_yaxis()
+    # Labels of a narrow range have many digits.
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.spines[["top", "right"]].set_visible(False)
