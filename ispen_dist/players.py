@@ -12,17 +12,13 @@ from ispen_dist.data.datasets import Codec
 from ispen_dist.engine import Engines
 from ispen_dist.linalg.reduction import OneProcess, Reduction
 from ispen_dist.linalg.trees import Tree
-from ispen_dist.models.efficientnet_lite import EfficientNetLite0
 from ispen_dist.models.energies import EnergyNetwork
 from ispen_dist.models.output_spaces import Inputs, OutputSpace
-from ispen_dist.models.pretrained import PretrainedTagger
 from ispen_dist.models.registry import build_energy, build_network, output_space
+from ispen_dist.models.stages import StagedNetwork
 from ispen_dist.objectives import Energy, View
 from ispen_dist.optim import PRETRAINED
 from ispen_dist.replicas import ReplicatedEngine
-
-ENCODERS = (PretrainedTagger, EfficientNetLite0)
-"""Networks with weights that were learned before."""
 
 
 @dataclass(frozen=True)
@@ -166,9 +162,9 @@ def load_pretrained(players: Players) -> None:
     Raises:
         ConfigError: where they are not there.
     """
-    for network in (players.inference_net, players.energy.feature_network):
+    for network in networks_of(players).values():
         for module in network.modules():
-            if isinstance(module, ENCODERS):
+            if isinstance(module, StagedNetwork):
                 module.load_pretrained()
 
 
@@ -186,7 +182,7 @@ def groups_of(network: nn.Module) -> dict[str, list[str]]:
     pretrained = tuple(
         f"{prefix}.{name}." if prefix else f"{name}."
         for prefix, module in network.named_modules()
-        if isinstance(module, ENCODERS)
+        if isinstance(module, StagedNetwork)
         for name in module.pretrained
     )
     groups: dict[str, list[str]] = {}

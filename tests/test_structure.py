@@ -39,7 +39,7 @@ LAYERS = [
     ["inference"],
     ["losses"],
     ["evaluate", "inner", "not_finite", "outer"],
-    ["average", "diagnosis", "inner_program", "selection"],
+    ["average", "diagnosis", "inner_graphs", "inner_program", "selection"],
     ["run_state"],
     ["plan", "predictor", "prediction_files", "distributed"],
     ["source"],

@@ -135,6 +135,7 @@ class EfficientNetLite0(StagedNetwork):
                 f"{output_stride}; set it to 2"
             )
         self.channels, self.source = tuple(channels), source
+        self.pretrained = ("stem", "down") if source else ()
         self.enlarge, self.output_stride = enlarge, output_stride
         halvings = HALVINGS[:num_layers]
         self.stem = SameConv2d(len(channels), STEM, 3, stride=2)
@@ -149,11 +150,6 @@ class EfficientNetLite0(StagedNetwork):
             frozen = max(num_layers - trainable_layers, 0)
             for module in (*([self.stem] if frozen else []), *self.down[:frozen]):
                 module.requires_grad_(False)
-
-    @property
-    def pretrained(self) -> tuple[str, ...]:
-        """Names of the modules that `load_pretrained` fills."""
-        return ("stem", "down") if self.source else ()
 
     def load_pretrained(self) -> None:
         """Read the encoder's weights, and fold its batch norm and its scale of pixels into them.

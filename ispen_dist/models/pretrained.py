@@ -35,6 +35,8 @@ class PretrainedTagger(StagedNetwork):
         dropout: rate of hidden units and attention weights, in place of the encoder's own.
     """
 
+    pretrained = ("embeddings", "blocks")
+
     def __init__(
         self,
         subwords: Subwords,
@@ -60,11 +62,6 @@ class PretrainedTagger(StagedNetwork):
             frozen = len(self.blocks) - trainable_layers
             for module in (self.embeddings, *self.blocks[: max(frozen, 0)]):
                 module.requires_grad_(False)
-
-    @property
-    def pretrained(self) -> tuple[str, ...]:
-        """Names of the modules that `load_pretrained` fills."""
-        return ("embeddings", "blocks")
 
     def load_pretrained(self) -> None:
         """Read the encoder's weights, from safetensors alone.

@@ -43,7 +43,20 @@ class Part(nn.Module):
 
 
 class StagedNetwork(nn.Module, ABC):
-    """A network from inputs to one output tensor that is given stage by stage."""
+    """A network from inputs to one output tensor that is given stage by stage.
+
+    Attributes:
+        pretrained: names of the submodules that `load_pretrained` fills.
+    """
+
+    pretrained: tuple[str, ...] = ()
+
+    def load_pretrained(self) -> None:
+        """Read weights that were learned before; here there are none.
+
+        Raises:
+            ConfigError: where they are not there, or are those of another network.
+        """
 
     @abstractmethod
     def parts(self) -> list[Part]:
