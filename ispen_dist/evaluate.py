@@ -1,6 +1,6 @@
 """Predictions, and metrics over a data set that is shared among ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def evaluate(
     dataset: Dataset,
     like: Tensor,
     *,
-    threshold: float | None = None,
+    choices: Mapping[str, float] | None = None,
     rank: int = 0,
     reduction: Reduction | None = None,
 ) -> dict[str, float]:
@@ -60,7 +60,7 @@ def evaluate(
         metrics: what to compute.
         dataset: labelled examples.
         like: a tensor with the device and type of the parameters.
-        threshold: decision threshold tuned elsewhere; None tunes it on this data set.
+        choices: what was tuned elsewhere, see `decisions`; what is not there is tuned on this set.
         rank: this rank.
         reduction: sums over ranks.
     """
@@ -70,4 +70,4 @@ def evaluate(
     for batch, ybar in shares:
         sums += metrics.sums(ybar, batch)
     total = reduction.sum([sums.to(like.device)])[0].cpu()
-    return metrics.finish(total, threshold)
+    return metrics.finish(total, choices or {})

@@ -5,7 +5,7 @@ example-F1 is scikit-learn's `f1_score(average="samples")` with an empty predict
 set counting 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,10 +14,11 @@ from seqeval.metrics.sequence_labeling import get_entities
 from sklearn.metrics import f1_score
 from torch import Tensor
 
-from ispen_dist.config.inference import THRESHOLDS
+from ispen_dist.config.inference import TEMPERATURES, THRESHOLDS
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Codec, TaggingCodec
 from ispen_dist.data.segmentation import SegmentationCodec
+from ispen_dist.decisions import best_expected_f1, tempered
 from ispen_dist.models.output_spaces import BinaryImages
 
 
@@ -34,8 +35,8 @@ class Metrics(Protocol):
         """Return the sums of no examples."""
         ...
 
-    def finish(self, sums: Tensor, threshold: float | None) -> dict[str, float]:
-        """Turn global sums into metric values."""
+    def finish(self, sums: Tensor, choices: Mapping[str, float]) -> dict[str, float]:
+        """Turn global sums into metric values, with what was chosen before, see `decisions`."""
         ...
 
 
@@ -54,8 +55,8 @@ class TaggingMetrics:
         correct = (ybar.argmax(-1) == batch.target) & mask
         return torch.stack([correct.sum(), mask.sum()]).double().cpu()
 
-    def finish(self, sums: Tensor, threshold: float | None) -> dict[str, float]:
-        """Return the accuracy; `threshold` is not used."""
+    def finish(self, sums: Tensor, choices: Mapping[str, float]) -> dict[str, float]:
+        """Return the accuracy; there is nothing to choose."""
         correct, tokens = sums.tolist()
         return {"accuracy": correct / tokens}
 
@@ -100,42 +101,59 @@ class SpanMetrics:
             for entity in get_entities(self._names[tags[real]].tolist())
         }
 
-    def finish(self, sums: Tensor, threshold: float | None) -> dict[str, float]:
-        """Return the figures, 0 where nothing was there to count; `threshold` is not used."""
+    def finish(self, sums: Tensor, choices: Mapping[str, float]) -> dict[str, float]:
+        """Return the figures, 0 where nothing was there to count; there is nothing to choose."""
         right, predicted, gold = sums[:3].tolist()
         return {
             "span_f1": 2.0 * right / max(predicted + gold, 1.0),
             "precision": right / max(predicted, 1.0),
             "recall": right / max(gold, 1.0),
-            **self._tokens.finish(sums[3:], threshold),
+            **self._tokens.finish(sums[3:], choices),
         }
 
 
 class MultiLabelMetrics:
-    """Example-F1 at threshold 0.5 and at a threshold tuned on dev."""
+    """Example-F1 at threshold 0.5, at a threshold and of the sets of largest expected F1.
 
-    main = "example_f1_at_0.5"
+    Threshold and temperature of the last two are tuned on dev.
+
+    Args:
+        decoder: see `InferenceConfig.decoder`.
+    """
+
+    def __init__(self, decoder: str = "threshold") -> None:
+        by_threshold = decoder == "threshold"
+        self.main = "example_f1_at_0.5" if by_threshold else "example_f1_decoded"
 
     def zero(self) -> Tensor:
-        """Return the sums of no examples: F1 at each of `THRESHOLDS`, then the count."""
-        return torch.zeros(len(THRESHOLDS) + 1, dtype=torch.float64)
+        """Return the sums of no examples: F1 at every value of `CHOICES`, then the count."""
+        return torch.zeros(len(THRESHOLDS) + len(TEMPERATURES) + 1, dtype=torch.float64)
 
     def sums(self, ybar: Tensor, batch: Batch) -> Tensor:
-        """Return the sum of example-F1 at each of `THRESHOLDS`, then the number of examples."""
-        real = (batch.weight > 0).cpu().numpy()
-        gold = batch.target.cpu().numpy()[real] > 0.5
-        probability = ybar.double().cpu().numpy()[real]
-        totals = [_example_f1_sum(gold, probability > t) for t in THRESHOLDS]
+        """Return the sums of example-F1 at every value of `CHOICES`, then the examples."""
+        real = (batch.weight > 0).cpu()
+        gold = batch.target.cpu()[real] > 0.5
+        probability = ybar.double().cpu()[real]
+        by_threshold = [probability > t for t in THRESHOLDS]
+        decoded = [best_expected_f1(tempered(probability, t)) for t in TEMPERATURES]
+        totals = [_example_f1_sum(gold.numpy(), p.numpy()) for p in (*by_threshold, *decoded)]
         return torch.tensor([*totals, len(gold)], dtype=torch.float64)
 
-    def finish(self, sums: Tensor, threshold: float | None) -> dict[str, float]:
-        """Return F1 at 0.5 and at the given threshold; with None, at the best one (for dev)."""
+    def finish(self, sums: Tensor, choices: Mapping[str, float]) -> dict[str, float]:
+        """Return F1 at 0.5 and at what was chosen; at the best values where nothing was (dev)."""
         curve = (sums[:-1] / sums[-1]).tolist()
-        chosen = THRESHOLDS[int(np.argmax(curve))] if threshold is None else threshold
+        by_threshold = dict(zip(THRESHOLDS, curve, strict=False))
+        by_temperature = dict(zip(TEMPERATURES, curve[len(THRESHOLDS) :], strict=True))
+        threshold = choices.get("threshold") or max(by_threshold, key=by_threshold.__getitem__)
+        temperature = choices.get("temperature") or max(
+            by_temperature, key=by_temperature.__getitem__
+        )
         return {
-            "example_f1_at_0.5": curve[THRESHOLDS.index(0.5)],
-            "example_f1_tuned": curve[THRESHOLDS.index(chosen)],
-            "threshold": chosen,
+            "example_f1_at_0.5": by_threshold[0.5],
+            "example_f1_tuned": by_threshold[threshold],
+            "example_f1_decoded": by_temperature[temperature],
+            "threshold": threshold,
+            "temperature": temperature,
         }
 
 
@@ -170,14 +188,16 @@ class SegmentationMetrics:
         weight = batch.weight.double()
         return (torch.stack([iou, overlap, union, torch.ones_like(iou)]) @ weight).cpu()
 
-    def finish(self, sums: Tensor, threshold: float | None) -> dict[str, float]:
-        """Return both figures; `threshold` is not used."""
+    def finish(self, sums: Tensor, choices: Mapping[str, float]) -> dict[str, float]:
+        """Return both figures; there is nothing to choose."""
         iou, overlap, union, images = sums.tolist()
         return {"mean_iou": iou / images, "global_iou": overlap / union if union else 1.0}
 
 
-def build_metrics(codec: Codec) -> Metrics:
-    """Return the metrics of a kind of structure."""
+def build_metrics(codec: Codec, decoder: str = "threshold") -> Metrics:
+    """Return the metrics of a kind of structure; `decoder` is that of label sets."""
     if isinstance(codec, TaggingCodec):
         return SpanMetrics(codec.tags) if codec.spans else TaggingMetrics()
-    return SegmentationMetrics() if isinstance(codec, SegmentationCodec) else MultiLabelMetrics()
+    if isinstance(codec, SegmentationCodec):
+        return SegmentationMetrics()
+    return MultiLabelMetrics(decoder)

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ispen_dist.config import ConfigError
 from ispen_dist.data.arff import write_arff
@@ -17,6 +18,7 @@ from ispen_dist.data.loading import load_file
 from ispen_dist.data.npz import write_npz
 from ispen_dist.data.segmentation import SegmentationDataset
 from ispen_dist.data.svmlight import write_svmlight
+from ispen_dist.decisions import decide
 from ispen_dist.predictor import Predictor
 
 
@@ -35,7 +37,7 @@ def predict_file(
         source: file to read; structures it may already have are not looked at.
         target: file to write, whole or not at all; None writes text formats to standard output.
         probabilities: also write the probability of each decision.
-        threshold: decision threshold of labels; None takes the one tuned on dev. Not for tagging.
+        threshold: decision threshold of labels; None decides as the run did. Not for tagging.
 
     Raises:
         DataError: for a malformed file.
@@ -121,8 +123,10 @@ def _write_labels(
     threshold: float | None,
 ) -> None:
     chance = _chances(predictor, dataset)
-    limit = threshold or predictor.threshold or 0.5
-    predicted = (chance > limit).astype(np.uint8)
+    decoder, choices = predictor.config.inference.decoder, predictor.choices
+    if threshold is not None:
+        decoder, choices = "threshold", {"threshold": threshold}
+    predicted = decide(torch.from_numpy(chance), decoder, choices).numpy().astype(np.uint8)
     shown = chance if probabilities else None
     data = predictor.config.data
     if data.format == "arff":

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from ispen_dist.metrics import build_metrics
 from ispen_dist.models.output_spaces import Inputs
 from ispen_dist.players import Players, build_players, networks_of, replicated
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class ModelError(ValueError):
@@ -45,7 +45,7 @@ class Predictor:
     Attributes:
         players: both networks.
         codec: names of tags or labels, and token features.
-        threshold: multi-label decision threshold tuned on dev; None for tagging.
+        choices: what was tuned on dev of how labels are decided, see `decisions`.
 
     Example:
         `predictor = Predictor.from_pretrained("runs/my-run/model")`, then
@@ -54,7 +54,7 @@ class Predictor:
 
     players: Players
     codec: Codec
-    threshold: float | None = None
+    choices: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def config(self) -> Config:
@@ -74,14 +74,14 @@ class Predictor:
         return next(self.players.inference_net.parameters())
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """Return the task's metrics on labelled examples, at the threshold tuned on dev."""
+        """Return the task's metrics on labelled examples, with what was tuned on dev."""
         return evaluate(
             self._logits(),
             self.players.space,
-            build_metrics(self.codec),
+            build_metrics(self.codec, self.config.inference.decoder),
             dataset,
             self._like,
-            threshold=self.threshold,
+            choices=self.choices,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -89,7 +89,7 @@ class Predictor:
         weights = {
             name: dict(network.state_dict()) for name, network in networks_of(self.players).items()
         }
-        save_model(Path(folder), weights, self.config, self.codec, self.threshold)
+        save_model(Path(folder), weights, self.config, self.codec, self.choices)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: torch.device | str = "cpu") -> "Predictor":
@@ -108,7 +108,7 @@ class Predictor:
         codec = _codec(description["codec"])
         config = config_from_dict(description["config"])
         predictor = cls(
-            build_players(config, codec, torch.device(device)), codec, description["threshold"]
+            build_players(config, codec, torch.device(device)), codec, description["choices"]
         )
         for name, network in networks_of(predictor.players).items():
             _load_weights(network, folder / f"{name}.safetensors")
@@ -120,7 +120,7 @@ def save_model(
     weights: Mapping[str, Mapping[str, Tensor]],
     config: Config,
     codec: Codec,
-    threshold: float | None,
+    choices: Mapping[str, float],
 ) -> None:
     """Write the folder that `Predictor.from_pretrained` reads, each file whole or not at all.
 
@@ -129,7 +129,7 @@ def save_model(
         weights: whole tensors by name, of `inference_net` and `energy`.
         config: settings of the run.
         codec: names of tags or labels, and token features.
-        threshold: multi-label decision threshold, None for tagging.
+        choices: see `Predictor`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, tree in weights.items():
@@ -140,7 +140,7 @@ def save_model(
         "format_version": FORMAT_VERSION,
         "config": config_to_dict(config),
         "codec": asdict(codec),
-        "threshold": threshold,
+        "choices": dict(choices),
     }
     with replacing(folder / "config.json") as partial:
         partial.write_text(json.dumps(description, indent=2) + "\n", "utf-8")

@@ -13,6 +13,7 @@ from ispen_dist import ops, ranges
 from ispen_dist.average import MovingAverage
 from ispen_dist.checkpoint import Checkpoint
 from ispen_dist.config import Config
+from ispen_dist.config.inference import CHOICES
 from ispen_dist.data.datasets import Dataset
 from ispen_dist.data.loading import Splits
 from ispen_dist.distributed import Session
@@ -68,7 +69,7 @@ class Trainer:
         self.players = built.with_networks(
             self.engines.inference_net.network, self.engines.energy.network
         )
-        self.metrics = build_metrics(splits.codec)
+        self.metrics = build_metrics(splits.codec, config.inference.decoder)
         self.rounds = Rounds(self.schedule, self.players, self.engines, splits, session, folder)
         self.selection = Selection(self.engines, self.metrics.main)
         self.average = MovingAverage(self.engines, config.train.average_decay)
@@ -148,7 +149,7 @@ class Trainer:
     # -- evaluation and records ----------------------------------------------------------------
 
     @ranges.marked("evaluation")
-    def _evaluate(self, dataset: Dataset, threshold: float | None = None) -> dict[str, float]:
+    def _evaluate(self, dataset: Dataset, choices: Mapping[str, float]) -> dict[str, float]:
         engine = self.engines.inference_net
 
         def logits(inputs: Inputs) -> Tensor:
@@ -161,15 +162,10 @@ class Trainer:
             self.metrics,
             dataset,
             next(iter(engine.parameters().values())),
-            threshold=threshold,
+            choices=choices,
             rank=self.session.rank,
             reduction=self.session.reduction,
         )
-
-    @property
-    def _threshold(self) -> float | None:
-        """The decision threshold of the settings; None where it is tuned on dev."""
-        return self.config.inference.threshold or None
 
     def _evaluate_and_select(self) -> None:
         """Evaluate on dev and keep the best networks, see `Schedule.select_after`.
@@ -179,7 +175,7 @@ class Trainer:
         with self.average.in_place():
             dev: dict[str, float] = {}
             if not self.config.data.train_on_dev:
-                dev = self._evaluate(self.splits.dev, self._threshold)
+                dev = self._evaluate(self.splits.dev, self.config.inference.choices)
                 self.folder.record_dev(self.round, dev)
             head = self.engines.energy.collect(self.engines.energy.groups["head"])
             interaction = self.players.interaction(head)
@@ -192,9 +188,10 @@ class Trainer:
         if not self.selection.networks:
             self._evaluate_and_select()
         self.selection.load()
-        threshold = self._threshold or self.selection.dev.get("threshold")
+        tuned = {name: self.selection.dev[name] for name in CHOICES if name in self.selection.dev}
+        choices = tuned | self.config.inference.choices
         test_set = self.splits.test if self.config.train.read_test else None
-        test = self._evaluate(test_set, threshold) if test_set else {}
+        test = self._evaluate(test_set, choices) if test_set else {}
         summary = {
             "task": self.config.data.task,
             "method": self.config.train.method,
@@ -214,12 +211,12 @@ class Trainer:
             count, seconds = len(compiler.names), round(compiler.seconds, 3)
             summary["compiled"] = {"functions": count, "seconds": seconds}
         self.session.watchdog.beat("export")
-        self._export(threshold)
+        self._export(choices)
         self.folder.finish(summary)
         self._require_everything_written()
         return summary
 
-    def _export(self, threshold: float | None) -> None:
+    def _export(self, choices: Mapping[str, float]) -> None:
         """Write the model folder; tensors come to the main process one at a time."""
         is_main = self.session.is_main
         weights = {
@@ -228,7 +225,7 @@ class Trainer:
         }
         if is_main:
             with self.folder.failures.watching("model"):
-                save_model(self.folder.model, weights, self.config, self.splits.codec, threshold)
+                save_model(self.folder.model, weights, self.config, self.splits.codec, choices)
 
     # -- checkpoints ---------------------------------------------------------------------------
 

@@ -23,7 +23,9 @@ def main() -> int:
         "--probabilities", action="store_true", help="also write the probability of each decision"
     )
     parser.add_argument(
-        "--threshold", type=float, help="multi-label: decision threshold; default: tuned on dev"
+        "--threshold",
+        type=float,
+        help="multi-label: decision threshold; default: as the run decides",
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     arguments = parser.parse_args()

@@ -156,6 +156,10 @@ TAGGING = {
     "threshold of tags": (
         {"inference": {"threshold": 0.5}}, "inference.threshold: expected 0 for data.task=tagging",
     ),
+    "decoder of tags": (
+        {"inference": {"decoder": "expected_f1"}},
+        "inference.decoder: expected threshold for data.task=tagging",
+    ),
     "patience without a dev set": (
         {"data": {"train": ["x"], "train_on_dev": True}, "train": {"patience": 3}},
         "train.patience: expected 0 with data.train_on_dev, got 3",

@@ -13,8 +13,9 @@ from ispen_dist.config import ConfigError, DataConfig
 from ispen_dist.data.datasets import Subset, TaggingDataset
 from ispen_dist.data.errors import DataError
 from ispen_dist.data.loading import hold_out, load_named, load_splits
+from ispen_dist.decisions import best_expected_f1, tempered
 from ispen_dist.evaluate import evaluate
-from ispen_dist.metrics import THRESHOLDS, MultiLabelMetrics, TaggingMetrics
+from ispen_dist.metrics import TEMPERATURES, THRESHOLDS, MultiLabelMetrics, TaggingMetrics
 from ispen_dist.models.output_spaces import LabelSets
 
 ROOT = Path(__file__).parent.parent
@@ -113,12 +114,16 @@ def test_metrics_of_uneven_shares_add_up_and_equal_the_cost():
         part = replace(batch, target=batch.target[rows], weight=batch.weight[rows])
         parts += metrics.sums(ybar[rows], part)
     torch.testing.assert_close(parts, whole)
-    values = metrics.finish(whole, None)
+    values = metrics.finish(whole, {})
     space = LabelSets()
     f1 = 1.0 - space.cost((ybar > 0.5).double(), batch.target).mean()
     assert values["example_f1_at_0.5"] == pytest.approx(f1.item())
     curve = [1.0 - space.cost((ybar > t).double(), batch.target).mean() for t in THRESHOLDS]
     assert values["example_f1_tuned"] == pytest.approx(max(curve).item())
+    decoded = [best_expected_f1(tempered(ybar, t)).double() for t in TEMPERATURES]
+    curve = [1.0 - space.cost(sets, batch.target).mean() for sets in decoded]
+    assert values["example_f1_decoded"] == pytest.approx(max(curve).item())
+    assert curve[TEMPERATURES.index(values["temperature"])] == max(curve)
 
 
 def test_accuracy_counts_tokens_and_no_padding_or_fillers():
@@ -132,7 +137,7 @@ def test_accuracy_counts_tokens_and_no_padding_or_fillers():
     assert metrics.sums(ybar, filler).tolist() == [0, 0]
 
 
-def test_a_threshold_tuned_elsewhere_is_used_as_it_is():
+def test_what_was_tuned_elsewhere_is_used_as_it_is():
     def echo(inputs):
         return inputs["features"][:, :3]
 
@@ -150,5 +155,8 @@ def test_a_threshold_tuned_elsewhere_is_used_as_it_is():
                 weight=self.batch.weight[rows],
             )
 
-    values = evaluate(echo, LabelSets(), MultiLabelMetrics(), Rows(), torch.ones(()), threshold=0.3)
-    assert values["threshold"] == 0.3
+    choices = {"threshold": 0.3, "temperature": 1.5}
+    values = evaluate(
+        echo, LabelSets(), MultiLabelMetrics(), Rows(), torch.ones(()), choices=choices
+    )
+    assert {name: values[name] for name in choices} == choices

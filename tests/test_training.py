@@ -191,7 +191,8 @@ def test_label_sets_train_and_predict_in_their_own_format(labels, tmp_path):  # 
     np.savez(tmp_path / "new.npz", features=features)
     train(labels, tmp_path / "run", "--solver.curvature=gauss_newton")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert {"example_f1_at_0.5", "example_f1_tuned", "threshold"} == summary["dev"].keys()
+    figures = {"example_f1_at_0.5", "example_f1_tuned", "example_f1_decoded"}
+    assert figures | {"threshold", "temperature"} == summary["dev"].keys()
     assert summary["test"] == {}
     called(
         "predict.py", tmp_path / "run", "--probabilities",

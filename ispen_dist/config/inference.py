@@ -8,6 +8,12 @@ from ispen_dist.config.checks import ANY, check, check_ranges
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """Decision thresholds of label sets that are tried on dev."""
 
+TEMPERATURES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
+"""Temperatures of the decoder `expected_f1` that are tried on dev."""
+
+CHOICES = {"threshold": THRESHOLDS, "temperature": TEMPERATURES}
+"""What is tuned on dev, by the name of the setting, and the values that are tried."""
+
 
 @dataclass(frozen=True)
 class InferenceConfig:
@@ -35,8 +41,14 @@ class InferenceConfig:
     """Share of the last step that is added to the next."""
     start: Literal["zeros", "potentials"] = "zeros"
     """Logits before the first step: zeros, or the local potentials of the energy."""
+    decoder: Literal["threshold", "expected_f1"] = "threshold"
+    """Label sets: predict labels above the threshold, or the set of largest expected example-F1 if
+    labels are independent. Decides which metric selects the networks, and what is written;
+    evaluations have the figures of both."""
     threshold: float = 0.0
     """Label sets: the decision threshold besides 0.5, a multiple of 0.05. 0 tunes it on dev."""
+    temperature: float = 0.0
+    """Label sets: what logits are divided by for the decoder expected_f1. 0 tunes it on dev."""
     view_shifts: list[int] = field(default_factory=lambda: [0])
     """Segmentation: average the predicted mask over the image moved by each of these numbers of
     pixels down and by each to the right, -2, 0 and 2 for nine views. 0 is one of them."""
@@ -51,14 +63,11 @@ class InferenceConfig:
             energy_weight=(0.0, ANY),
             learning_rate=(0.0, ANY),
             momentum=(0.0, 0.999),
-            threshold=(0.0, 0.95),
         )
-        check(
-            self.threshold in (0.0, *THRESHOLDS),
-            "inference.threshold",
-            f"0, or one of {', '.join(map(str, THRESHOLDS))}",
-            self.threshold,
-        )
+        for name, values in CHOICES.items():
+            value = getattr(self, name)
+            expected = f"0, or one of {', '.join(map(str, values))}"
+            check(value in (0.0, *values), f"inference.{name}", expected, value)
         check(
             not self.unrolled or self.name == "gradient_descent",
             "inference.unrolled",
@@ -80,6 +89,11 @@ class InferenceConfig:
             self.view_shifts,
             "every pixel has to be in some view",
         )
+
+    @property
+    def choices(self) -> dict[str, float]:
+        """What is named here of `CHOICES`, and so is not tuned on dev."""
+        return {name: getattr(self, name) for name in CHOICES if getattr(self, name)}
 
     @property
     def averages_views(self) -> bool:

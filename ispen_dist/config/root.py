@@ -72,10 +72,7 @@ class Config:
         if self.data.task != "segmentation":
             self._check_no_views()
         if self.data.task != "multilabel":
-            expected = f"0 for data.task={self.data.task}"
-            hint = "only labels have a threshold"
-            threshold = self.inference.threshold
-            check(threshold == 0.0, "inference.threshold", expected, threshold, hint)
+            self._check_no_labels()
         if self.data.train_on_dev:
             self._check_final_fit()
         check(
@@ -164,16 +161,22 @@ class Config:
     def _check_final_fit(self) -> None:
         """Check that nothing is left to be chosen on dev."""
         where = "with data.train_on_dev"
-        patience, threshold = self.train.patience, self.inference.threshold
+        patience = self.train.patience
         hint = "no metric of dev says when to stop"
         check(patience == 0, "train.patience", f"0 {where}", patience, hint)
-        check(
-            threshold > 0.0 or self.data.task != "multilabel",
-            "inference.threshold",
-            f"a threshold {where}",
-            threshold,
-            "take the one that was tuned without it, or 0.5",
-        )
+        if self.data.task == "multilabel":
+            for name, plain in (("threshold", 0.5), ("temperature", 1.0)):
+                value = getattr(self.inference, name)
+                hint = f"take the one that was tuned without it, or {plain:g}"
+                check(value > 0.0, f"inference.{name}", f"a {name} {where}", value, hint)
+
+    def _check_no_labels(self) -> None:
+        where = f"for data.task={self.data.task}"
+        for name, expected in (("decoder", "threshold"), ("threshold", 0.0), ("temperature", 0.0)):
+            value = getattr(self.inference, name)
+            shown = f"{expected} {where}" if isinstance(expected, str) else f"0 {where}"
+            hint = f"only labels have a {name}"
+            check(value == expected, f"inference.{name}", shown, value, hint)
 
     def _check_no_views(self) -> None:
         where = f"for data.task={self.data.task}"

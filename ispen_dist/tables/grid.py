@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from ispen_dist.config.inference import CHOICES
 from ispen_dist.data.output_file import replacing
 from ispen_dist.recording.run_lock import RunLock
 from ispen_dist.tables.definition import TableDefinition, TableError
@@ -140,8 +141,7 @@ class Grid:
         run = Run(files, settings, self._final(row, settings["train.seed"]))
         dev = self._run(run, progress)["dev"]
         own = {**settings, "data.train_on_dev": True}
-        if "threshold" in dev:
-            own["inference.threshold"] = dev["threshold"]
+        own |= {f"inference.{name}": dev[name] for name in CHOICES if name in dev}
         return [partial(self._train, refit, files, own) for refit in self.table.rows_of(row)[1:]]
 
     def _final(self, row: str, seed: int) -> Path:

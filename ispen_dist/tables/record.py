@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ispen_dist.config.inference import CHOICES
 from ispen_dist.tables.definition import TableDefinition, TableError
 
 COLUMNS = (
@@ -57,7 +58,7 @@ def final_run(
     """Read a run's `summary.json` and `config.yaml`."""
     inner = config["inner"]
     rounds_per_epoch = summary["train_examples"] / (inner["steps"] * inner["batch_size"])
-    test = {name: value for name, value in summary["test"].items() if name != "threshold"}
+    test = {name: value for name, value in summary["test"].items() if name not in CHOICES}
     seconds_per_round = summary["seconds"] / max(1, summary["rounds"])
     return FinalRun(
         seed=config["train"]["seed"],

@@ -71,7 +71,11 @@ def table_rows(table: TableDefinition, record: Record) -> list[Row]:
     for method, own in record.items():
         for metric in own[0].test:
             test = {run.seed: run.test[metric] for run in own}
-            reference = {run.seed: run.test[metric] for run in record.get(table.reference, ())}
+            reference = {
+                run.seed: run.test[metric]
+                for run in record.get(table.reference, ())
+                if metric in run.test
+            }
             both = [] if method == table.reference else sorted(test.keys() & reference.keys())
             own_values, others = ([values[s] for s in both] for values in (test, reference))
             rows.append(
