@@ -8,7 +8,7 @@ from ispen_dist.config.checks import ANY, check, check_ranges
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """Decision thresholds of label sets that are tried on dev."""
 
-TEMPERATURES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
+TEMPERATURES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0)
 """Temperatures of the decoder `expected_f1` that are tried on dev."""
 
 CHOICES = {"threshold": THRESHOLDS, "temperature": TEMPERATURES}
