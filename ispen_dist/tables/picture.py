@@ -21,7 +21,8 @@ def draw(table: TableDefinition, rows: Sequence[Row]) -> Figure:
     Implicit methods are red; a line stands at the mean of the reference.
     """
     metrics = list(dict.fromkeys(row.metric for row in rows))
-    height = 1.4 + 0.28 * len({row.method for row in rows})
+    methods = list(dict.fromkeys(row.method for row in rows))
+    height = 1.4 + 0.28 * len(methods)
     figure = Figure(
         figsize=(2.0 + 3.5 * max(1, len(metrics)), height), dpi=100,
         layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1),
@@ -30,22 +31,23 @@ def draw(table: TableDefinition, rows: Sequence[Row]) -> Figure:
     figure.suptitle(table.name)
     for i, metric in enumerate(metrics):
         axes = figure.add_subplot(1, len(metrics), i + 1)
-        _panel(axes, [row for row in rows if row.metric == metric], table.reference)
+        _panel(axes, methods, [row for row in rows if row.metric == metric], table.reference)
         axes.set_xlabel(f"{metric} on test")
         if i > 0:
             axes.tick_params(labelleft=False)
     return figure
 
 
-def _panel(axes: Axes, rows: Sequence[Row], reference: str) -> None:
-    for height, row in enumerate(rows):
+def _panel(axes: Axes, methods: Sequence[str], rows: Sequence[Row], reference: str) -> None:
+    for row in rows:
+        height = methods.index(row.method)
         colour = _IMPLICIT if row.method.endswith("implicit") else _OTHER
         axes.errorbar(row.mean, height, xerr=row.std, fmt="o", color=colour, capsize=3)
         axes.plot(row.test, [height] * len(row.test), ".", color=colour, alpha=0.4, markersize=4)
         if row.method == reference:
             axes.axvline(row.mean, color=_REFERENCE, linewidth=0.8, linestyle="--")
-    axes.set_yticks(range(len(rows)), [row.method for row in rows])
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(methods)), methods)
+    axes.set_ylim(len(methods) - 0.5, -0.5)
     # Labels of a narrow range have many digits.
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.spines[["top", "right"]].set_visible(False)

@@ -135,13 +135,6 @@ def read_record(path: Path) -> dict[str, Sequence[FinalRun]]:
                     "move the file away, or repair it"
                 ) from None
     methods = dict.fromkeys(method for method, _ in found)
-    for (method, seed), run in found.items():
-        expected = next(r.test.keys() for (m, _), r in found.items() if m == method)
-        if run.test.keys() != expected:
-            raise TableError(
-                f"{path}: expected {', '.join(expected)} of {method} for every seed, found "
-                f"{', '.join(run.test)} for seed {seed}; move the file away, or repair it"
-            )
     return {
         name: [run for (method, _), run in sorted(found.items()) if method == name]
         for name in methods

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from ispen_dist.tables.definition import TableDefinition
-from ispen_dist.tables.record import Record
+from ispen_dist.tables.record import FinalRun, Record
 
 CSV_COLUMNS = (
     "dataset", "method", "metric", "test_mean", "test_std", "dev_mean", "seeds",
@@ -60,22 +60,18 @@ class Row:
 
 
 def table_rows(table: TableDefinition, record: Record) -> list[Row]:
-    """Return a row for every metric of every method.
+    """Return a row for every metric of every method, over the seeds that have it.
 
     Args:
         table: which table.
-        record: the runs of the methods to show.
+        record: the runs of the methods to show; those of an earlier version may lack a metric.
     """
     seconds = {m: statistics.median(r.seconds_per_epoch for r in own) for m, own in record.items()}
     rows = []
     for method, own in record.items():
-        for metric in own[0].test:
-            test = {run.seed: run.test[metric] for run in own}
-            reference = {
-                run.seed: run.test[metric]
-                for run in record.get(table.reference, ())
-                if metric in run.test
-            }
+        for metric in dict.fromkeys(name for run in own for name in run.test):
+            test = _by_seed(own, metric)
+            reference = _by_seed(record.get(table.reference, ()), metric)
             both = [] if method == table.reference else sorted(test.keys() & reference.keys())
             own_values, others = ([values[s] for s in both] for values in (test, reference))
             rows.append(
@@ -83,7 +79,7 @@ def table_rows(table: TableDefinition, record: Record) -> list[Row]:
                     method=method,
                     metric=metric,
                     test=list(test.values()),
-                    dev_mean=statistics.mean(run.dev[metric] for run in own),
+                    dev_mean=statistics.mean(run.dev[metric] for run in own if metric in run.dev),
                     budget=own[0].budget,
                     p_value=p_value(own_values, others, table.significance)
                     if len(both) > 1
@@ -94,6 +90,10 @@ def table_rows(table: TableDefinition, record: Record) -> list[Row]:
                 )
             )
     return rows
+
+
+def _by_seed(runs: Sequence[FinalRun], metric: str) -> dict[int, float]:
+    return {run.seed: run.test[metric] for run in runs if metric in run.test}
 
 
 def p_value(values: Sequence[float], reference: Sequence[float], test: str) -> float:
