@@ -30,6 +30,7 @@ LAYERS = [
         "views",
         "metrics",
         "manifest",
+        "decisions",
         "schedule",
         "write_failures",
     ],

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tags import WORDS, config  # noqa: F401
 
 from ispen_dist.checkpoint import load_checkpoint, save_checkpoint
+from ispen_dist.decisions import best_expected_f1, tempered
 from ispen_dist.predictor import ModelError, Predictor
 from ispen_dist.recording.console import compact
 
@@ -202,3 +203,30 @@ def test_label_sets_train_and_predict_in_their_own_format(labels, tmp_path):  # 
     expected = written["probabilities"] > summary["dev"]["threshold"]
     assert np.array_equal(written["targets"].astype(bool), expected)
     assert np.array_equal(written["features"], features)
+
+
+def test_label_sets_of_largest_expected_f1_select_and_are_written(labels, tmp_path):  # noqa: F811
+    train(
+        labels, tmp_path / "run", "--inference.decoder=expected_f1", "--train.eval_every=1",
+        "--train.warmup_rounds=0",
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    figures = [row["example_f1_decoded"] for row in rows if row["phase"] == "dev"]
+    assert summary["dev"]["example_f1_decoded"] == max(figures)
+    source = tmp_path / "new.npz"
+    np.savez(source, features=np.load(labels.parent / "all.npz")["features"][:9])
+
+    def predicted(*flags):
+        called(
+            "predict.py", tmp_path / "run", "--probabilities", "--input", source,
+            "--output", tmp_path / "out.npz", *flags,
+        )  # fmt: skip
+        return np.load(tmp_path / "out.npz", allow_pickle=False)
+
+    written = predicted()
+    probability = torch.from_numpy(written["probabilities"])
+    expected = best_expected_f1(tempered(probability, summary["dev"]["temperature"]))
+    assert np.array_equal(written["targets"].astype(bool), expected.numpy())
+    written = predicted("--threshold", "0.4")
+    assert np.array_equal(written["targets"].astype(bool), written["probabilities"] > 0.4)
