@@ -25,6 +25,8 @@ from torch import Tensor
 
 _NODES, _WEIGHTS = (torch.from_numpy(x) / 2.0 for x in np.polynomial.legendre.leggauss(32))
 _NODES = _NODES + 0.5
+_TOGETHER = 2**16
+"""Probabilities that are looked at together: 16 MiB for the nodes of each."""
 
 
 def decide(probability: Tensor, decoder: str, choices: Mapping[str, float]) -> Tensor:
@@ -58,7 +60,8 @@ def best_expected_f1(probability: Tensor) -> Tensor:
         bool (B, L); of equally good sets the smaller.
     """
     chance, order = probability.double().sort(dim=-1, descending=True)
-    sizes = _best_sizes(chance)
+    chunks = chance.split(max(1, _TOGETHER // chance.shape[-1]))
+    sizes = torch.cat([_best_sizes(chunk) for chunk in chunks])
     first = torch.arange(chance.shape[-1], device=chance.device) < sizes.unsqueeze(-1)
     return torch.zeros_like(first).scatter(-1, order, first)
 

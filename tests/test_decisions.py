@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ispen_dist import decisions
 from ispen_dist.decisions import best_expected_f1, decide, tempered
 
 
@@ -46,6 +47,14 @@ def test_many_labels_have_the_size_of_the_sums_over_counts():
     values = expected_f1_of_first(chance, 120)
     size = int(best_expected_f1(torch.from_numpy(chance)[None]).sum())
     assert 32 < size == values.argmax() + 1 < 120
+
+
+def test_examples_are_looked_at_in_chunks(monkeypatch):
+    probability = torch.rand(7, 9, generator=torch.Generator().manual_seed(0))
+    whole = best_expected_f1(probability)
+    monkeypatch.setattr(decisions, "_TOGETHER", 20)
+    assert torch.equal(best_expected_f1(probability), whole)
+    assert best_expected_f1(probability[:0]).shape == (0, 9)
 
 
 def test_certain_labels_and_none_at_all():
