@@ -218,7 +218,7 @@ def test_the_mark_of_the_best_is_only_a_mark(canary, checkpoint):
 def test_a_pickle_in_a_model_folder_is_refused(canary, tmp_path):
     config, codec = multilabel_config(), multilabel_codec()
     players = build_players(config, codec, torch.device("cpu"))
-    Predictor(players, codec, 0.5).save_pretrained(tmp_path / "model")
+    Predictor(players, codec, {"threshold": 0.5}).save_pretrained(tmp_path / "model")
     weights = tmp_path / "model" / "energy.safetensors"
     torch.save({"x": Evil(canary)}, weights)
     with pytest.raises(ModelError, match=r"energy\.safetensors: expected the weights"):

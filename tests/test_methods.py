@@ -121,7 +121,7 @@ def test_every_method_trains(name, task, task_files, session):
     rows += take_rounds(trainer)
     for row in rows:
         assert all(math.isfinite(v) for k, v in row.items() if k != "residual"), row
-    assert all(math.isfinite(v) for v in trainer._evaluate(trainer.splits.dev).values())
+    assert all(math.isfinite(v) for v in trainer._evaluate(trainer.splits.dev, {}).values())
     after = parameters(trainer)
     assert same(before["energy"], after["energy"]) == (name in LEARNS_NOTHING)
     by_stander = not trainer.config.inference.by_network

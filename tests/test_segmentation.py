@@ -270,7 +270,7 @@ def test_the_metric_is_that_of_the_library_and_of_the_cost():
     for rows in ([0], [1, 2, 3], [4]):
         part = replace(batch, target=batch.target[rows], weight=batch.weight[rows])
         parts += metrics.sums(ybar[rows], part)
-    values = metrics.finish(parts, None)
+    values = metrics.finish(parts, {})
     gold, predicted = batch.target.flatten(1).numpy(), (ybar > 0.5).flatten(1).numpy()
     each = [jaccard_score(g, p, zero_division=1.0) for g, p in zip(gold, predicted, strict=True)]
     assert values["mean_iou"] == pytest.approx(np.mean(each))

@@ -51,7 +51,7 @@ def test_sums_over_uneven_shares_equal_seqeval_on_the_whole():
             batch.index[rows],
         )
         sums += metrics.sums(ybar[rows], part)
-    values = metrics.finish(sums, None)
+    values = metrics.finish(sums, {})
     mask = batch.inputs["mask"]
     gold, predicted = names(batch.target, mask), names(ybar.argmax(-1), mask)
     for name, library in (
@@ -66,7 +66,7 @@ def test_sums_over_uneven_shares_equal_seqeval_on_the_whole():
 
 
 def test_nothing_found_is_zero_and_no_division():
-    values = SpanMetrics(TAGS).finish(torch.tensor([0.0, 0.0, 0.0, 3.0, 3.0]), None)
+    values = SpanMetrics(TAGS).finish(torch.tensor([0.0, 0.0, 0.0, 3.0, 3.0]), {})
     assert values == {"span_f1": 0.0, "precision": 0.0, "recall": 0.0, "accuracy": 1.0}
 
 
