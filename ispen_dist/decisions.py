@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ispen_dist.config.inference import UNTUNED
+
 _NODES, _WEIGHTS = (torch.from_numpy(x) / 2.0 for x in np.polynomial.legendre.leggauss(32))
 _NODES = _NODES + 0.5
 _TOGETHER = 2**16
@@ -35,14 +37,15 @@ def decide(probability: Tensor, decoder: str, choices: Mapping[str, float]) -> T
     Args:
         probability: (B, L).
         decoder: see `InferenceConfig.decoder`.
-        choices: what was tuned on dev; a threshold of 0.5 and a temperature of 1 otherwise.
+        choices: what was tuned on dev; see `UNTUNED` for what was not.
 
     Returns:
         bool (B, L).
     """
+    chosen = UNTUNED | dict(choices)
     if decoder == "expected_f1":
-        return best_expected_f1(tempered(probability, choices.get("temperature", 1.0)))
-    return probability > choices.get("threshold", 0.5)
+        return best_expected_f1(tempered(probability, chosen["temperature"]))
+    return probability > chosen["threshold"]
 
 
 def tempered(probability: Tensor, temperature: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ispen_dist.command_line import config_from_dict, config_to_dict
 from ispen_dist.config import Config
+from ispen_dist.config.inference import UNTUNED
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import (
     Codec,
@@ -81,7 +82,7 @@ class Predictor:
             build_metrics(self.codec, self.config.inference.decoder),
             dataset,
             self._like,
-            choices=self.choices,
+            choices=UNTUNED | dict(self.choices),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:

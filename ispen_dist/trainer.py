@@ -13,7 +13,7 @@ from ispen_dist import ops, ranges
 from ispen_dist.average import MovingAverage
 from ispen_dist.checkpoint import Checkpoint
 from ispen_dist.config import Config
-from ispen_dist.config.inference import CHOICES
+from ispen_dist.config.inference import CHOICES, UNTUNED
 from ispen_dist.data.datasets import Dataset
 from ispen_dist.data.loading import Splits
 from ispen_dist.distributed import Session
@@ -191,7 +191,7 @@ class Trainer:
         tuned = {name: self.selection.dev[name] for name in CHOICES if name in self.selection.dev}
         choices = tuned | self.config.inference.choices
         test_set = self.splits.test if self.config.train.read_test else None
-        test = self._evaluate(test_set, choices) if test_set else {}
+        test = self._evaluate(test_set, UNTUNED | choices) if test_set else {}
         summary = {
             "task": self.config.data.task,
             "method": self.config.train.method,

@@ -78,5 +78,7 @@ def test_a_decoder_reads_what_was_chosen():
         expected = best_expected_f1(tempered(probability, temperature))
         got = decide(probability, "expected_f1", {"temperature": temperature})
         assert torch.equal(got, expected)
+    untuned = best_expected_f1(tempered(probability, 1.0))
+    assert torch.equal(decide(probability, "expected_f1", {}), untuned)
     cold, hot = (decide(probability, "expected_f1", {"temperature": t}) for t in (0.3, 2.0))
     assert cold.sum() < hot.sum()

@@ -14,6 +14,9 @@ TEMPERATURES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0)
 CHOICES = {"threshold": THRESHOLDS, "temperature": TEMPERATURES}
 """What is tuned on dev, by the name of the setting, and the values that are tried."""
 
+UNTUNED = {"threshold": 0.5, "temperature": 1.0}
+"""The same where nothing was tuned."""
+
 
 @dataclass(frozen=True)
 class InferenceConfig:

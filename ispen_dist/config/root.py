@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from ispen_dist.config.checks import check
 from ispen_dist.config.compile import CompileConfig
 from ispen_dist.config.data import DataConfig, FeatureConfig
-from ispen_dist.config.inference import InferenceConfig
+from ispen_dist.config.inference import UNTUNED, InferenceConfig
 from ispen_dist.config.networks import EnergyConfig, NetworkConfig
 from ispen_dist.config.problems import WITHOUT_THETA, InnerConfig, OuterConfig
 from ispen_dist.config.profile import ProfileConfig
@@ -165,18 +165,17 @@ class Config:
         hint = "no metric of dev says when to stop"
         check(patience == 0, "train.patience", f"0 {where}", patience, hint)
         if self.data.task == "multilabel":
-            for name, plain in (("threshold", 0.5), ("temperature", 1.0)):
+            for name, untuned in UNTUNED.items():
                 value = getattr(self.inference, name)
-                hint = f"take the one that was tuned without it, or {plain:g}"
+                hint = f"take the one that was tuned without it, or {untuned:g}"
                 check(value > 0.0, f"inference.{name}", f"a {name} {where}", value, hint)
 
     def _check_no_labels(self) -> None:
         where = f"for data.task={self.data.task}"
-        for name, expected in (("decoder", "threshold"), ("threshold", 0.0), ("temperature", 0.0)):
+        for name, expected in (("decoder", "threshold"), ("threshold", 0), ("temperature", 0)):
             value = getattr(self.inference, name)
-            shown = f"{expected} {where}" if isinstance(expected, str) else f"0 {where}"
             hint = f"only labels have a {name}"
-            check(value == expected, f"inference.{name}", shown, value, hint)
+            check(value == expected, f"inference.{name}", f"{expected} {where}", value, hint)
 
     def _check_no_views(self) -> None:
         where = f"for data.task={self.data.task}"
