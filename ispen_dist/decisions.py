@@ -1,11 +1,11 @@
 """Which labels an example is given, from the probability of each.
 
 Either those above a threshold, or the set that maximises the expected example-F1 if labels are
-independent with these probabilities (Lewis 1995; Ye, Chai, Lee and Chieu 2012). That set is the k
+independent with these probabilities (Lewis 1995; Ye, Chai, Lee and Chieu 2012). Both are the k
 most probable labels for some k. With S_-i the number of true labels besides i, the expected F1 of
 the first k is
 
-    F(k) = 2 sum_{i <= k} p_i E[ 1 / (k + 1 + S_-i) ],      F(0) = P(no label is true),
+    F(k) = 2 sum_{i <= k} p_i E[ 1 / (k + 1 + S_-i) ],      F(0) = w P(no label is true),
 
 and 1 / (k + 1 + s) is the integral of t^(k + s) over t from 0 to 1, so that the expectation is
 that of t^k prod_{j != i} (1 - p_j + p_j t), a polynomial in t. Gauss-Legendre integration with n
@@ -13,11 +13,14 @@ nodes is exact while a set and the truth have 2 n labels together, and beyond cl
 Departure: Ye et al. sum over counts by dynamic programming, L steps one after the other for each
 label; this is one tensor.
 
-Labels are not independent, and probabilities that were trained are too sure or not sure enough:
-logits are divided by a temperature before, which is tuned on dev, as the threshold is.
+Labels are not independent, and probabilities that were trained are too sure or not sure enough.
+Logits are divided by a temperature before, and w, the weight of the empty set, is that of a
+distribution in which this set alone is not what independent labels make of it: 0 where an example
+always has a label, which with many improbable labels is far from what their product says. Both are
+tuned on dev, as the threshold is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -43,9 +46,13 @@ def decide(probability: Tensor, decoder: str, choices: Mapping[str, float]) -> T
         bool (B, L).
     """
     chosen = UNTUNED | dict(choices)
-    if decoder == "expected_f1":
-        return best_expected_f1(tempered(probability, chosen["temperature"]))
-    return probability > chosen["threshold"]
+    if decoder == "threshold":
+        return probability > chosen["threshold"]
+    chance = tempered(probability, chosen["temperature"])
+    (sizes,) = best_sizes(chance, [chosen["empty_weight"]])
+    order = probability.argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(order.shape[-1], device=order.device) < sizes.unsqueeze(-1)
+    return torch.zeros_like(first).scatter(-1, order, first)
 
 
 def tempered(probability: Tensor, temperature: float) -> Tensor:
@@ -53,24 +60,24 @@ def tempered(probability: Tensor, temperature: float) -> Tensor:
     return torch.sigmoid(torch.logit(probability.double(), eps=1e-12) / temperature)
 
 
-def best_expected_f1(probability: Tensor) -> Tensor:
-    """Return the label sets of largest expected F1 under independent labels.
+def best_sizes(probability: Tensor, empty_weights: Sequence[float] = (1.0,)) -> Tensor:
+    """Return how many of the most probable labels have the largest expected F1.
 
     Args:
-        probability: (B, L).
+        probability: (B, L), of independent labels.
+        empty_weights: by what the probability of no label is multiplied; 0 never predicts none.
 
     Returns:
-        bool (B, L); of equally good sets the smaller.
+        int64 (W, B), for each weight; of equally good sizes the smaller.
     """
-    chance, order = probability.double().sort(dim=-1, descending=True)
+    chance = probability.double().sort(dim=-1, descending=True).values
+    weights = torch.tensor(empty_weights, dtype=chance.dtype, device=chance.device)
     chunks = chance.split(max(1, _TOGETHER // chance.shape[-1]))
-    sizes = torch.cat([_best_sizes(chunk) for chunk in chunks])
-    first = torch.arange(chance.shape[-1], device=chance.device) < sizes.unsqueeze(-1)
-    return torch.zeros_like(first).scatter(-1, order, first)
+    return torch.cat([_best_sizes(chunk, weights.unsqueeze(-1)) for chunk in chunks], dim=-1)
 
 
-def _best_sizes(chance: Tensor) -> Tensor:
-    """Return the best number of labels, (B,), of probabilities that fall along the last axis.
+def _best_sizes(chance: Tensor, empty_weights: Tensor) -> Tensor:
+    """Return the best number of labels, (W, B), of probabilities that fall along the last axis.
 
     F(k) is at most 2 sum_i p_i / (k + 1): sizes are looked at until no larger one can be better.
     """
@@ -78,14 +85,14 @@ def _best_sizes(chance: Tensor) -> Tensor:
     total = chance.sum(-1)
     t, weights = _NODES.to(chance.device), _WEIGHTS.to(chance.device)
     product = (1.0 - chance.unsqueeze(-2) * (1.0 - t).unsqueeze(-1)).prod(-1)
-    nothing = (1.0 - chance).prod(-1, keepdim=True)
+    nothing = empty_weights * (1.0 - chance).prod(-1)
     while True:
         p = chance[..., :looked_at].unsqueeze(-1)
         sizes = torch.arange(1, p.shape[-2] + 1, device=chance.device)
         others = (p / (1.0 - p * (1.0 - t))).cumsum(-2)
         powers = product.unsqueeze(-2) * t ** sizes.unsqueeze(-1)
-        values = torch.cat([nothing, 2.0 * (others * powers) @ weights], dim=-1)
-        best, size = values.max(-1)
+        best, last = (2.0 * (others * powers) @ weights).max(-1)
         if looked_at >= num_labels or bool((2.0 * total <= best * (looked_at + 2)).all()):
-            return size
+            some = (best > nothing) | (empty_weights == 0.0)
+            return torch.where(some, last + 1, 0)
         looked_at *= 2

@@ -6,20 +6,24 @@ set counting 1.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Protocol
 
 import numpy as np
 import torch
 from seqeval.metrics.sequence_labeling import get_entities
-from sklearn.metrics import f1_score
 from torch import Tensor
+from torch.nn import functional as F
 
-from ispen_dist.config.inference import TEMPERATURES, THRESHOLDS
+from ispen_dist.config.inference import EMPTY_WEIGHTS, TEMPERATURES, THRESHOLDS
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import Codec, TaggingCodec
 from ispen_dist.data.segmentation import SegmentationCodec
-from ispen_dist.decisions import best_expected_f1, tempered
+from ispen_dist.decisions import best_sizes, tempered
 from ispen_dist.models.output_spaces import BinaryImages
+
+_DECODED = tuple(product(TEMPERATURES, EMPTY_WEIGHTS))
+"""Temperatures and weights of the empty set that are tried together."""
 
 
 class Metrics(Protocol):
@@ -115,7 +119,8 @@ class SpanMetrics:
 class MultiLabelMetrics:
     """Example-F1 at threshold 0.5, at a threshold and of the sets of largest expected F1.
 
-    Threshold and temperature of the last two are tuned on dev.
+    Threshold, and temperature and weight of the empty set, of the last two are tuned on dev. All
+    these sets are the most probable labels of an example: only their number differs.
 
     Args:
         decoder: see `InferenceConfig.decoder`.
@@ -126,42 +131,48 @@ class MultiLabelMetrics:
         self.main = "example_f1_at_0.5" if by_threshold else "example_f1_decoded"
 
     def zero(self) -> Tensor:
-        """Return the sums of no examples: F1 at every value of `CHOICES`, then the count."""
-        return torch.zeros(len(THRESHOLDS) + len(TEMPERATURES) + 1, dtype=torch.float64)
+        """Return the sums of no examples: F1 of every way to decide, then the count."""
+        return torch.zeros(len(THRESHOLDS) + len(_DECODED) + 1, dtype=torch.float64)
 
     def sums(self, ybar: Tensor, batch: Batch) -> Tensor:
-        """Return the sums of example-F1 at every value of `CHOICES`, then the examples."""
+        """Return the sums of example-F1 of every way to decide, then the examples."""
         real = (batch.weight > 0).cpu()
-        gold = batch.target.cpu()[real] > 0.5
+        gold = (batch.target.cpu()[real] > 0.5).double()
         probability = ybar.double().cpu()[real]
-        by_threshold = [probability > t for t in THRESHOLDS]
-        decoded = [best_expected_f1(tempered(probability, t)) for t in TEMPERATURES]
-        totals = [_example_f1_sum(gold.numpy(), p.numpy()) for p in (*by_threshold, *decoded)]
-        return torch.tensor([*totals, len(gold)], dtype=torch.float64)
+        order = probability.argsort(dim=-1, descending=True, stable=True)
+        by_threshold = [(probability > t).sum(-1) for t in THRESHOLDS]
+        decoded = [best_sizes(tempered(probability, t), EMPTY_WEIGHTS) for t in TEMPERATURES]
+        sizes = torch.cat([torch.stack(by_threshold), *decoded])
+        totals = _f1_of_first(gold.gather(-1, order)).gather(-1, sizes.T).sum(0)
+        return torch.cat([totals, torch.tensor([len(gold)])])
 
     def finish(self, sums: Tensor, choices: Mapping[str, float]) -> dict[str, float]:
         """Return F1 at 0.5 and at what was chosen; at the best values where nothing was (dev)."""
         curve = (sums[:-1] / sums[-1]).tolist()
         by_threshold = dict(zip(THRESHOLDS, curve, strict=False))
-        by_temperature = dict(zip(TEMPERATURES, curve[len(THRESHOLDS) :], strict=True))
+        decoded = dict(zip(_DECODED, curve[len(THRESHOLDS) :], strict=True))
         threshold = choices.get("threshold") or max(by_threshold, key=by_threshold.__getitem__)
-        temperature = choices.get("temperature") or max(
-            by_temperature, key=by_temperature.__getitem__
-        )
+        possible = [
+            pair for pair in _DECODED
+            if choices.get("temperature", pair[0]) == pair[0]
+            and choices.get("empty_weight", pair[1]) == pair[1]
+        ]  # fmt: skip
+        temperature, empty_weight = max(possible, key=decoded.__getitem__)
         return {
             "example_f1_at_0.5": by_threshold[0.5],
             "example_f1_tuned": by_threshold[threshold],
-            "example_f1_decoded": by_temperature[temperature],
+            "example_f1_decoded": decoded[temperature, empty_weight],
             "threshold": threshold,
             "temperature": temperature,
+            "empty_weight": empty_weight,
         }
 
 
-def _example_f1_sum(gold: np.ndarray, predicted: np.ndarray) -> float:
-    if not len(gold):
-        return 0.0
-    mean = f1_score(gold, predicted, average="samples", zero_division=1.0)
-    return float(mean) * len(gold)
+def _f1_of_first(gold: Tensor) -> Tensor:
+    """Return the F1 of the first 0 to L labels of each example: (B, L + 1) of gold (B, L)."""
+    right = F.pad(gold.cumsum(-1), (1, 0))
+    together = torch.arange(right.shape[-1]) + gold.sum(-1, keepdim=True)
+    return torch.where(together > 0, 2.0 * right / together.clamp(min=1.0), 1.0)
 
 
 class SegmentationMetrics:

@@ -154,7 +154,8 @@ TAGGING = {
         {"outer": {"objective": "ssvm_plus"}}, "inference.cost_augmented: expected true",
     ),
     "threshold of tags": (
-        {"inference": {"threshold": 0.5}}, "inference.threshold: expected 0 for data.task=tagging",
+        {"inference": {"threshold": 0.5}},
+        "inference.threshold: expected 0.0 for data.task=tagging",
     ),
     "decoder of tags": (
         {"inference": {"decoder": "expected_f1"}},

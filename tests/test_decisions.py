@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ispen_dist import decisions
-from ispen_dist.decisions import best_expected_f1, decide, tempered
+from ispen_dist.decisions import best_sizes, decide, tempered
 
 
 def f1(predicted, gold):
@@ -16,13 +16,20 @@ def f1(predicted, gold):
     return torch.where(together > 0, 2 * (predicted * gold).sum(-1) / together.clamp(min=1), 1.0)
 
 
+def best_expected_f1(probability, empty_weight=1.0):
+    """The sets of the decoder at a temperature of 1."""
+    return decide(probability, "expected_f1", {"empty_weight": empty_weight})
+
+
+@pytest.mark.parametrize("empty_weight", [1.0, 0.3, 0.0])
 @pytest.mark.parametrize("power", [0.2, 1.0, 4.0, 12.0])
-def test_no_set_of_labels_is_better(power):
+def test_no_set_of_labels_is_better(power, empty_weight):
     draw = torch.Generator().manual_seed(0)
     sets = torch.tensor(list(product([0.0, 1.0], repeat=7)), dtype=torch.float64)
     probability = torch.rand(40, 7, generator=draw, dtype=torch.float64) ** power
-    for row, got in zip(probability, best_expected_f1(probability), strict=True):
+    for row, got in zip(probability, best_expected_f1(probability, empty_weight), strict=True):
         weight = torch.where(sets > 0, row, 1 - row).prod(-1)
+        weight[0] *= empty_weight  # The first set is the empty one.
         expected = f1(sets.unsqueeze(1), sets.unsqueeze(0)) @ weight
         assert f1(got.double(), sets) @ weight >= expected.max() - 1e-12
 
@@ -40,12 +47,18 @@ def expected_f1_of_first(chance, num_first):
     return terms
 
 
+def test_an_empty_set_is_predicted_where_its_weight_allows_it():
+    probability = torch.tensor([[0.2, 0.15, 0.1], [0.02, 0.01, 0.0], [0.6, 0.5, 0.1]])
+    sizes = best_sizes(probability, [1.0, 0.3, 0.1, 0.0])
+    assert sizes.T.tolist() == [[0, 2, 2, 2], [0, 0, 0, 2], [2, 2, 2, 2]]
+
+
 def test_many_labels_have_the_size_of_the_sums_over_counts():
     # More labels than are looked at first, and than the integration is exact for.
     draw = np.random.default_rng(0)
     chance = np.sort(draw.random(300) ** 4)[::-1].copy()
     values = expected_f1_of_first(chance, 120)
-    size = int(best_expected_f1(torch.from_numpy(chance)[None]).sum())
+    (size,) = best_sizes(torch.from_numpy(chance)[None])[0].tolist()
     assert 32 < size == values.argmax() + 1 < 120
 
 
@@ -61,6 +74,8 @@ def test_certain_labels_and_none_at_all():
     probability = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.1, 0.1, 0.1]])
     expected = torch.tensor([[True, False, True], [False] * 3, [False] * 3])
     assert torch.equal(best_expected_f1(probability), expected)
+    expected = torch.tensor([[True, False, True], [True] * 3, [True] * 3])
+    assert torch.equal(best_expected_f1(probability, 0.0), expected)
 
 
 def test_a_temperature_divides_logits():
@@ -74,11 +89,5 @@ def test_a_decoder_reads_what_was_chosen():
     probability = torch.tensor([[0.45, 0.3, 0.2]])
     assert decide(probability, "threshold", {}).tolist() == [[False] * 3]
     assert decide(probability, "threshold", {"threshold": 0.25}).tolist() == [[True, True, False]]
-    for temperature in (0.3, 2.0):
-        expected = best_expected_f1(tempered(probability, temperature))
-        got = decide(probability, "expected_f1", {"temperature": temperature})
-        assert torch.equal(got, expected)
-    untuned = best_expected_f1(tempered(probability, 1.0))
-    assert torch.equal(decide(probability, "expected_f1", {}), untuned)
     cold, hot = (decide(probability, "expected_f1", {"temperature": t}) for t in (0.3, 2.0))
     assert cold.sum() < hot.sum()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tags import config  # noqa: F401
 
 from ispen_dist.command_line import load_config
+from ispen_dist.config.inference import UNTUNED
 from ispen_dist.data.datasets import Subset
 from ispen_dist.data.loading import load_splits
 
@@ -32,7 +33,8 @@ def with_test(labels):  # noqa: F811
 
 FLAGS = (
     "--data.train_on_dev=true", "--inference.threshold=0.3", "--inference.temperature=0.8",
-    "--train.average_decay=0.7", "--train.eval_every=1", "--train.checkpoint_every=1",
+    "--inference.empty_weight=0.0", "--train.average_decay=0.7", "--train.eval_every=1",
+    "--train.checkpoint_every=1",
 )  # fmt: skip
 
 
@@ -46,8 +48,8 @@ def fitted(with_test, tmp_path_factory):
 def test_train_has_the_examples_of_dev_from_any_kind_of_split(labels, with_test, config):  # noqa: F811
     def splits_of(path):
         read = load_config(path)
-        chosen = (0.3, 0.8) if read.data.task == "multilabel" else (0.0, 0.0)
-        inference = replace(read.inference, threshold=chosen[0], temperature=chosen[1])
+        labels = read.data.task == "multilabel"
+        inference = replace(read.inference, **(UNTUNED if labels else {}))
         data = replace(read.data, train_on_dev=True)
         return load_splits(replace(read, data=data, inference=inference))
 
@@ -69,7 +71,8 @@ def test_the_average_after_the_last_round_is_kept_and_dev_says_nothing(fitted):
     summary = json.loads((fitted / "summary.json").read_text())
     assert summary["train_examples"] == 25
     assert summary["dev"] == {}
-    assert (summary["test"]["threshold"], summary["test"]["temperature"]) == (0.3, 0.8)
+    chosen = {"threshold": 0.3, "temperature": 0.8, "empty_weight": 0.0}
+    assert chosen.items() <= summary["test"].items()
     rows = [json.loads(line) for line in (fitted / "metrics.jsonl").read_text().splitlines()]
     assert "dev" not in {row["phase"] for row in rows}
     for name in ("inference_net", "energy"):
@@ -99,11 +102,13 @@ def test_a_threshold_of_the_settings_is_not_tuned(with_test, tmp_path):
 
 def test_without_a_dev_set_what_is_tuned_on_it_has_to_be_named(with_test, tmp_path):
     flags = ["--data.train_on_dev=true"]
-    for name in ("threshold", "temperature"):
+    for name, tuned in (("threshold", 0.0), ("temperature", 0.0), ("empty_weight", -1.0)):
         printed = train(with_test, tmp_path / "run", *flags, expect=2)
-        assert f"inference.{name}: expected a {name} with data.train_on_dev, got 0.0" in printed
-        flags.append(f"--inference.{name}=0.5")
+        assert f"inference.{name}: expected a {name} with data.train_on_dev, got {tuned}" in printed
+        flags.append(f"--inference.{name}={UNTUNED[name]}")
     printed = train(with_test, tmp_path / "run", "--inference.threshold=0.31", expect=2)
     assert "inference.threshold: expected 0, or one of 0.05, 0.1, " in printed
     printed = train(with_test, tmp_path / "run", "--inference.temperature=-1", expect=2)
     assert "inference.temperature: expected 0, or one of 0.3, 0.4, " in printed
+    printed = train(with_test, tmp_path / "run", "--inference.empty_weight=0.5", expect=2)
+    assert "inference.empty_weight: expected -1, or one of 1.0, 0.3, 0.1, 0.0" in printed

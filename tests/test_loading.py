@@ -7,15 +7,17 @@ import numpy as np
 import problems
 import pytest
 import torch
+from sklearn.metrics import f1_score
 
 from ispen_dist.command_line import load_config
 from ispen_dist.config import ConfigError, DataConfig
+from ispen_dist.config.inference import EMPTY_WEIGHTS, TEMPERATURES, THRESHOLDS
 from ispen_dist.data.datasets import Subset, TaggingDataset
 from ispen_dist.data.errors import DataError
 from ispen_dist.data.loading import hold_out, load_named, load_splits
-from ispen_dist.decisions import best_expected_f1, tempered
+from ispen_dist.decisions import decide
 from ispen_dist.evaluate import evaluate
-from ispen_dist.metrics import TEMPERATURES, THRESHOLDS, MultiLabelMetrics, TaggingMetrics
+from ispen_dist.metrics import MultiLabelMetrics, TaggingMetrics
 from ispen_dist.models.output_spaces import LabelSets
 
 ROOT = Path(__file__).parent.parent
@@ -120,10 +122,18 @@ def test_metrics_of_uneven_shares_add_up_and_equal_the_cost():
     assert values["example_f1_at_0.5"] == pytest.approx(f1.item())
     curve = [1.0 - space.cost((ybar > t).double(), batch.target).mean() for t in THRESHOLDS]
     assert values["example_f1_tuned"] == pytest.approx(max(curve).item())
-    decoded = [best_expected_f1(tempered(ybar, t)).double() for t in TEMPERATURES]
-    curve = [1.0 - space.cost(sets, batch.target).mean() for sets in decoded]
-    assert values["example_f1_decoded"] == pytest.approx(max(curve).item())
-    assert curve[TEMPERATURES.index(values["temperature"])] == max(curve)
+    choices = [
+        {"temperature": temperature, "empty_weight": weight}
+        for temperature in TEMPERATURES
+        for weight in EMPTY_WEIGHTS
+    ]
+    decoded = [decide(ybar, "expected_f1", choice) for choice in choices]
+    curve = [f1_score(batch.target, d, average="samples", zero_division=1.0) for d in decoded]
+    assert values["example_f1_decoded"] == pytest.approx(max(curve))
+    best = {name: values[name] for name in choices[0]}
+    assert curve[choices.index(best)] == pytest.approx(max(curve))
+    for choice, value in zip(choices, curve, strict=True):
+        assert metrics.finish(whole, choice)["example_f1_decoded"] == pytest.approx(value)
 
 
 def test_accuracy_counts_tokens_and_no_padding_or_fillers():
@@ -155,7 +165,7 @@ def test_what_was_tuned_elsewhere_is_used_as_it_is():
                 weight=self.batch.weight[rows],
             )
 
-    choices = {"threshold": 0.3, "temperature": 1.5}
+    choices = {"threshold": 0.3, "temperature": 1.5, "empty_weight": 0.1}
     values = evaluate(
         echo, LabelSets(), MultiLabelMetrics(), Rows(), torch.ones(()), choices=choices
     )

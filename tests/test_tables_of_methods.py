@@ -46,7 +46,8 @@ class FakeRuns:
         if code := self.fails(run):
             raise RunFailed(run, code, run.log)
         weight = run.settings.get("inner.energy_weight", 1.0)
-        dev = {"f1": 0.5 - abs(weight - 2.0) / 100, "threshold": 0.3, "temperature": 0.8}
+        choices = {"threshold": 0.3, "temperature": 0.8, "empty_weight": 0.0}
+        dev = {"f1": 0.5 - abs(weight - 2.0) / 100, **choices}
         dev = {} if run.settings.get("data.train_on_dev") else dev
         read = run.settings.get("train.read_test", True)
         test = {"f1": 0.4 + run.settings["train.seed"] / 100, "threshold": 0.3} if read else {}
@@ -260,7 +261,8 @@ def test_a_refit_follows_each_seed_with_what_was_chosen_on_dev(table, tmp_path):
     assert [run.folder.name for run in first.asked[:5]] == [*TRIALS, "seed-0", "seed-1"]
     chosen = yaml.safe_load((tmp_path / "runs" / "nce_implicit" / "chosen.yaml").read_text())
     weight = {f"{s}.{k}": v for s, keys in (chosen or {}).items() for k, v in keys.items()}
-    chosen = {"inference.threshold": 0.3, "inference.temperature": 0.8}
+    choices = {"threshold": 0.3, "temperature": 0.8, "empty_weight": 0.0}
+    chosen = {f"inference.{name}": value for name, value in choices.items()}
     fitted = weight | chosen | {"data.train_on_dev": True}
     # Seed 0 was done when the first command died.
     assert list(asked(runs, tmp_path / "runs").items()) == [

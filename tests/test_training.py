@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from tags import WORDS, config  # noqa: F401
 
 from ispen_dist.checkpoint import load_checkpoint, save_checkpoint
-from ispen_dist.decisions import best_expected_f1, tempered
+from ispen_dist.config.inference import CHOICES
+from ispen_dist.decisions import decide
 from ispen_dist.predictor import ModelError, Predictor
 from ispen_dist.recording.console import compact
 
@@ -193,7 +194,7 @@ def test_label_sets_train_and_predict_in_their_own_format(labels, tmp_path):  # 
     train(labels, tmp_path / "run", "--solver.curvature=gauss_newton")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     figures = {"example_f1_at_0.5", "example_f1_tuned", "example_f1_decoded"}
-    assert figures | {"threshold", "temperature"} == summary["dev"].keys()
+    assert figures | CHOICES.keys() == summary["dev"].keys()
     assert summary["test"] == {}
     called(
         "predict.py", tmp_path / "run", "--probabilities",
@@ -226,7 +227,7 @@ def test_label_sets_of_largest_expected_f1_select_and_are_written(labels, tmp_pa
 
     written = predicted()
     probability = torch.from_numpy(written["probabilities"])
-    expected = best_expected_f1(tempered(probability, summary["dev"]["temperature"]))
+    expected = decide(probability, "expected_f1", summary["dev"])
     assert np.array_equal(written["targets"].astype(bool), expected.numpy())
     written = predicted("--threshold", "0.4")
     assert np.array_equal(written["targets"].astype(bool), written["probabilities"] > 0.4)

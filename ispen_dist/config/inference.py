@@ -11,10 +11,17 @@ THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 TEMPERATURES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0)
 """Temperatures of the decoder `expected_f1` that are tried on dev."""
 
-CHOICES = {"threshold": THRESHOLDS, "temperature": TEMPERATURES}
+EMPTY_WEIGHTS = (1.0, 0.3, 0.1, 0.0)
+"""Weights of the empty set in the decoder `expected_f1` that are tried on dev."""
+
+CHOICES = {
+    "threshold": THRESHOLDS,
+    "temperature": TEMPERATURES,
+    "empty_weight": EMPTY_WEIGHTS,
+}
 """What is tuned on dev, by the name of the setting, and the values that are tried."""
 
-UNTUNED = {"threshold": 0.5, "temperature": 1.0}
+UNTUNED = {"threshold": 0.5, "temperature": 1.0, "empty_weight": 1.0}
 """The same where nothing was tuned."""
 
 
@@ -52,6 +59,9 @@ class InferenceConfig:
     """Label sets: the decision threshold besides 0.5, a multiple of 0.05. 0 tunes it on dev."""
     temperature: float = 0.0
     """Label sets: what logits are divided by for the decoder expected_f1. 0 tunes it on dev."""
+    empty_weight: float = -1.0
+    """Label sets: by what the decoder expected_f1 multiplies the probability that an example has no
+    label: 1, 0.3, 0.1, or 0, with which every example gets one. -1 tunes it on dev."""
     view_shifts: list[int] = field(default_factory=lambda: [0])
     """Segmentation: average the predicted mask over the image moved by each of these numbers of
     pixels down and by each to the right, -2, 0 and 2 for nine views. 0 is one of them."""
@@ -68,9 +78,9 @@ class InferenceConfig:
             momentum=(0.0, 0.999),
         )
         for name, values in CHOICES.items():
-            value = getattr(self, name)
-            expected = f"0, or one of {', '.join(map(str, values))}"
-            check(value in (0.0, *values), f"inference.{name}", expected, value)
+            value, tuned = getattr(self, name), getattr(type(self), name)
+            expected = f"{tuned:g}, or one of {', '.join(map(str, values))}"
+            check(value in (tuned, *values), f"inference.{name}", expected, value)
         check(
             not self.unrolled or self.name == "gradient_descent",
             "inference.unrolled",
@@ -96,7 +106,8 @@ class InferenceConfig:
     @property
     def choices(self) -> dict[str, float]:
         """What is named here of `CHOICES`, and so is not tuned on dev."""
-        return {name: getattr(self, name) for name in CHOICES if getattr(self, name)}
+        named = {name: getattr(self, name) for name in CHOICES}
+        return {name: value for name, value in named.items() if value in CHOICES[name]}
 
     @property
     def averages_views(self) -> bool:

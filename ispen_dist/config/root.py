@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from ispen_dist.config.checks import check
 from ispen_dist.config.compile import CompileConfig
 from ispen_dist.config.data import DataConfig, FeatureConfig
-from ispen_dist.config.inference import UNTUNED, InferenceConfig
+from ispen_dist.config.inference import CHOICES, UNTUNED, InferenceConfig
 from ispen_dist.config.networks import EnergyConfig, NetworkConfig
 from ispen_dist.config.problems import WITHOUT_THETA, InnerConfig, OuterConfig
 from ispen_dist.config.profile import ProfileConfig
@@ -166,14 +166,14 @@ class Config:
         check(patience == 0, "train.patience", f"0 {where}", patience, hint)
         if self.data.task == "multilabel":
             for name, untuned in UNTUNED.items():
-                value = getattr(self.inference, name)
+                value, named = getattr(self.inference, name), name in self.inference.choices
                 hint = f"take the one that was tuned without it, or {untuned:g}"
-                check(value > 0.0, f"inference.{name}", f"a {name} {where}", value, hint)
+                check(named, f"inference.{name}", f"a {name} {where}", value, hint)
 
     def _check_no_labels(self) -> None:
         where = f"for data.task={self.data.task}"
-        for name, expected in (("decoder", "threshold"), ("threshold", 0), ("temperature", 0)):
-            value = getattr(self.inference, name)
+        for name in ("decoder", *CHOICES):
+            value, expected = getattr(self.inference, name), getattr(InferenceConfig, name)
             hint = f"only labels have a {name}"
             check(value == expected, f"inference.{name}", f"{expected} {where}", value, hint)
 
