@@ -13,11 +13,10 @@ nodes is exact while a set and the truth have 2 n labels together, and beyond cl
 Departure: Ye et al. sum over counts by dynamic programming, L steps one after the other for each
 label; this is one tensor.
 
-Labels are not independent, and probabilities that were trained are too sure or not sure enough.
-Logits are divided by a temperature before, and w, the weight of the empty set, is that of a
-distribution in which this set alone is not what independent labels make of it: 0 where an example
-always has a label, which with many improbable labels is far from what their product says. Both are
-tuned on dev, as the threshold is.
+Probabilities that were trained are too sure or not sure enough, so their logits are divided by a
+temperature before. Nor are labels independent: many improbable ones leave an example without any
+by their product, where the data may give every example one. So w weighs the empty set, 1 for
+independent labels and 0 where none is without. Both are tuned on dev, as the threshold is.
 """
 
 from collections.abc import Mapping, Sequence
