@@ -125,9 +125,7 @@ class _Flags(argparse.ArgumentParser):
 def _config_from(paths: Sequence[Path], flags: Mapping[str, str]) -> Config:
     """Build the settings from files, then flags; an error starts with the one at fault."""
     files = {path: _read_file(path) for path in paths}
-    values: dict[str, Any] = {}
-    for own in files.values():
-        values = _merged(values, own)
+    values = _joined(files.values())
     for name, text in flags.items():
         values = _replaced(values, name.split("."), _flag_value(_HINTS[name], text))
     try:
@@ -147,6 +145,14 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         _check_names(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    return values
+
+
+def _joined(files: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the values of several files, of which each wins over those before it."""
+    values: dict[str, Any] = {}
+    for own in files:
+        values = _merged(values, own)
     return values
 
 
@@ -244,6 +250,18 @@ def read_yaml(path: Path) -> Any:
         return _parse_yaml(path)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def read_settings(*paths: Path) -> dict[str, Any]:
+    """Read the settings that YAML files name; of several, each wins over those before it.
+
+    Returns:
+        Nested plain values, without defaults; their names are checked, not yet the values.
+
+    Raises:
+        ConfigError: with the file.
+    """
+    return _joined(map(_read_file, paths))
 
 
 def _words(hint: Any) -> str:

@@ -186,7 +186,7 @@ def list_tables(tables: Sequence[TableDefinition], console: Console) -> None:
     for table in tables:
         runs = len(table.method_files) * (table.budget + table.seeds)
         try:
-            train = load_config(table.config).train
+            train = load_config(*table.configs).train
             rounds = f"{runs * (train.warmup_rounds + train.max_outer_steps):,}"
         except ConfigError as error:
             rounds = str(error)

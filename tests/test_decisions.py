@@ -54,12 +54,13 @@ def test_an_empty_set_is_predicted_where_its_weight_allows_it():
 
 
 def test_many_labels_have_the_size_of_the_sums_over_counts():
-    # More labels than are looked at first, and than the integration is exact for.
+    # Together more labels than the integration is exact for; the sizes of one chunk lie far apart.
     draw = np.random.default_rng(0)
-    chance = np.sort(draw.random(300) ** 4)[::-1].copy()
-    values = expected_f1_of_first(chance, 120)
-    (size,) = best_sizes(torch.from_numpy(chance)[None])[0].tolist()
-    assert 32 < size == values.argmax() + 1 < 120
+    powers = np.array([[4.0], [12.0], [60.0]])
+    chance = -np.sort(-(draw.random((3, 200)) ** powers))
+    best = [expected_f1_of_first(row, 100).argmax() + 1 for row in chance]
+    assert best_sizes(torch.from_numpy(chance), [0.0])[0].tolist() == best
+    assert 2 < best[2] < best[1] < best[0] < 100
 
 
 def test_examples_are_looked_at_in_chunks(monkeypatch):

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"config": None}, "config: expected a text, found None"),
+        ({"config": None}, "config: expected a file or a list of files, found None"),
+        ({"config": []}, "config: expected a file or a list of files, found []"),
+        ({"config": ["task.yaml", 1]}, "config: expected a file or a list of files, found ['task"),
         ({"methods": "mle"}, "methods: expected a list of names, found 'mle'"),
         ({"methods": ["mle", "mle"]}, "methods: expected every name once"),
         ({"reference": "crf"}, "reference: expected one of mle, nce_explicit"),
@@ -82,6 +84,24 @@ def test_a_table_has_the_keys_of_its_base_where_it_has_none(write, tmp_path):
         read_table(tmp_path / "third.yaml", tmp_path)
 
 
+def test_of_several_files_of_a_task_each_wins_over_those_before(write, tmp_path):
+    write("inner: {steps: 3, batch_size: 8}\nsolver: {max_steps: 5}\n", "task.yaml")
+    write("inner: {batch_size: 4}\n", "over.yaml")
+    write("solver: {max_steps: 5}\ninner: {batch_size: 4, steps: 3}\n", "joined.yaml")
+    write("inner: {fixed: mle}\n", "mle.yaml")
+
+    def settings_sum(*names):
+        path = write(yaml.safe_dump(TABLE | {"config": list(names)}), "table.yaml")
+        table = read_table(path, tmp_path)
+        assert table.configs == tuple(tmp_path / name for name in names)
+        return table.settings_sum("mle", 0)
+
+    # What the files say together counts, not which file says it.
+    assert settings_sum("task.yaml", "over.yaml") == settings_sum("joined.yaml")
+    assert settings_sum("over.yaml", "task.yaml") != settings_sum("joined.yaml")
+    assert settings_sum("task.yaml") != settings_sum("joined.yaml")
+
+
 def test_a_key_that_is_missing_or_there_twice_is_refused(write, tmp_path):
     incomplete = {k: v for k, v in TABLE.items() if k != "metric"}
     path = write(yaml.safe_dump(incomplete))
@@ -97,8 +117,7 @@ def test_a_key_that_is_missing_or_there_twice_is_refused(write, tmp_path):
 )
 def test_the_tables_of_the_project_are_well_formed(path):
     table = read_table(path, ROOT / "configs" / "methods")
-    assert table.config.name == path.name
     assert all(file.is_file() for file in table.method_files.values())  # read by test_methods
-    load_config(table.config)
+    load_config(*table.configs)
     implicit = [m for m in table.method_files if m.endswith("_implicit")]
     assert {f"{m.removesuffix('_implicit')}_explicit" for m in implicit} <= set(table.method_files)

@@ -154,7 +154,7 @@ def test_another_budget_or_search_in_the_same_folder_is_refused(table, tmp_path)
     grid = go(table, tmp_path / "runs", FakeRuns(), budget=5)
     assert len(grid.failures) == 3
     assert "expected runs of budget 5, found 3" in grid.failures[0]
-    table.config.write_text("data: {task: tagging}\n")
+    table.configs[-1].write_text("data: {task: tagging}\n")
     runs = FakeRuns()
     assert "expected runs of settings" in go(table, tmp_path / "runs", runs).failures[0]
     assert not runs.asked

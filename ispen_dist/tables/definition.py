@@ -1,7 +1,7 @@
 """What a table compares: a file of `configs/tables/`, read and checked.
 
 base: shared/methods.yaml            # its keys count where this file has none
-config: ../bibtex.yaml               # the task, relative to this file
+config: ../bibtex.yaml               # the task, relative to this file; or a list of files
 methods: [mle, nce_explicit]         # files of configs/methods/
 more_methods: [crf]                  # besides the base's methods
 refit: [nce_explicit]                # methods that are fitted on train and dev besides
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ispen_dist.command_line import check_setting, read_yaml
+from ispen_dist.command_line import check_setting, read_settings, read_yaml
 from ispen_dist.config import ConfigError
 
 SIGNIFICANCE = ("paired_t", "wilcoxon")
@@ -57,7 +57,7 @@ class TableDefinition:
 
     Attributes:
         name: of the file, and of what is written.
-        config: file of the task.
+        configs: files of the task; of several, each wins over those before it.
         method_files: file of each method, in the order of the table.
         reference: the method that the others are tested against.
         metric: of dev; the largest value chooses the settings.
@@ -70,7 +70,7 @@ class TableDefinition:
     """
 
     name: str
-    config: Path
+    configs: tuple[Path, ...]
     method_files: Mapping[str, Path]
     reference: str
     metric: str
@@ -99,7 +99,7 @@ class TableDefinition:
         Raises:
             TableError: for the first that is not.
         """
-        for path in (self.config, *self.method_files.values()):
+        for path in (*self.configs, *self.method_files.values()):
             if not path.is_file():
                 raise TableError(f"table {self.name}: expected the file {path}, found none")
 
@@ -110,7 +110,7 @@ class TableDefinition:
         comments and the order of keys do not count.
         """
         method = self.method_of(row)
-        basis = [read_yaml(path) for path in (self.config, self.method_files[method])]
+        basis: list[Any] = [read_settings(*self.configs), read_settings(self.method_files[method])]
         if budget > 0:
             space = {name: str(values) for name, values in self.spaces[method].items()}
             basis += [space, self.metric]
@@ -192,6 +192,9 @@ class _Reader:
         self.check(
             significance in SIGNIFICANCE, "significance", " or ".join(SIGNIFICANCE), significance
         )
+        configs = values["config"] if isinstance(values["config"], list) else [values["config"]]
+        named = bool(configs) and all(isinstance(name, str) and name for name in configs)
+        self.check(named, "config", "a file or a list of files", values["config"])
         refit = values.get("refit", [])
         some = isinstance(refit, list) and all(name in methods for name in refit)
         self.check(some, "refit", f"some of {', '.join(methods)}", refit)
@@ -199,7 +202,7 @@ class _Reader:
         self.check(not taken, "methods", f"no method with the name of a refit, {taken}", methods)
         return TableDefinition(
             name=self.path.stem,
-            config=(self.path.parent / self.text(values, "config")).resolve(),
+            configs=tuple((self.path.parent / name).resolve() for name in configs),
             method_files={m: self.method_folder / f"{m}.yaml" for m in methods},
             reference=reference,
             metric=self.text(values, "metric"),

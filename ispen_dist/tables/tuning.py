@@ -40,7 +40,7 @@ class Tuning:
     ) -> None:
         self.table, self.method, self.folder, self.budget = table, method, folder, budget
         self.execute = execute
-        self.files = (table.config, table.method_files[method])
+        self.files = (*table.configs, table.method_files[method])
         self.space = _distributions(table.spaces[method])
 
     @property
