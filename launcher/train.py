@@ -81,6 +81,14 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def show(text: str) -> None:
+    """Print a text; that a pipe is not read to its end, as by `head`, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered
+
+
 def run(command: TrainCommand, session: Session) -> None:
     """Train as the command says."""
     config = command.config
@@ -89,8 +97,8 @@ def run(command: TrainCommand, session: Session) -> None:
     splits = together(session, lambda: load_splits(config), CANNOT_WORK)
     if command.print_config:
         if session.is_main:
-            print(dump_config(config), end="")
-            print(describe(config, splits, session.num_ranks, session.runtime))
+            described = describe(config, splits, session.num_ranks, session.runtime)
+            show(dump_config(config) + described)
         return
     output = command.output or default_output(command, session)
     session.flight_record.folder = output / "flight_record"

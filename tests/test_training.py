@@ -1,8 +1,10 @@
 """The main job end to end on tiny data: files it leaves, resume, ranks, errors."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -141,6 +143,15 @@ def test_print_config_says_what_it_will_cost_and_leaves_nothing(config, tmp_path
     for word in ("parameters", "steps", "memory per rank", "checkpoint"):
         assert word in printed
     assert not (tmp_path / "none").exists()
+
+
+def test_settings_that_are_not_read_to_the_end_are_no_error(config):  # noqa: F811
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, TRAIN, "--config", config, "--print-config"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
