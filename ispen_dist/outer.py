@@ -42,6 +42,9 @@ from ispen_dist.seeding import derived_seed, seed_step, step_generator
 PROBE_EXAMPLES = 4
 """Examples per rank on which a product is compared with float64."""
 
+MOST_DAMPING = 1e12
+"""Failures after failures raise the damping no further; far above any curvature, and finite."""
+
 MAX_SYMMETRY_DEFECT = 1e-3
 """Above it the curvature is not that of a function: rounding in float32 stays below 1e-5."""
 
@@ -330,7 +333,7 @@ class OuterStep:
             if num_repeats == 0:
                 return solve
             num_repeats -= 1
-            record.damping *= config.damping_factor
+            record.damping = min(record.damping * config.damping_factor, MOST_DAMPING)
 
     @ranges.marked("energy update")
     def _update(self, gradient: Tree, batch: Batch) -> float:

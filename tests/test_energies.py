@@ -68,7 +68,7 @@ def skip_chain(energy, y):
 
 
 def high_order(energy, y):
-    order, total = len(energy.S) + 1, 0.0
+    order, total = energy.order, 0.0
     for t in range(order, len(y)):
         h = energy.L.T @ y[t - order]
         for j, S in enumerate(energy.S, start=1):
@@ -167,7 +167,7 @@ def test_the_picture_of_an_interaction_is_read_off_the_energy(name):
     """Of hard tags, where an entry of the matrix is a difference of energies."""
     energy = energy_of(name)
     matrix, one_hot = energy.interaction(), torch.eye(NUM_TAGS)
-    order = len(energy.S) + 1 if name == "high_order" else 1
+    order = energy.order if name == "high_order" else 1
 
     def scores(rows):
         return -torch.stack([energy.global_energy(torch.stack(row)) for row in rows])

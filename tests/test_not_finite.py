@@ -67,6 +67,16 @@ def test_all_ranks_leave_the_same_steps_out_and_go_on(runtime, labels, tmp_path)
     assert {name.split("/")[0] for name in moved} >= {"inference_net", "energy"}
 
 
+def test_a_loss_that_samples_leaves_the_same_step_out(labels, tmp_path):  # noqa: F811
+    """Nothing can be drawn from NaN; the rank that has it goes on to where all ranks decide."""
+    job = Job(
+        tmp_path, "--config", labels, "--output", tmp_path / "run", "--train.max_outer_steps=6",
+        "--outer.objective=nce", plant="nan_everywhere",
+    )  # fmt: skip
+    assert job.codes() == [0, 0], job.text()
+    assert "round 4: left out" in job.text()
+
+
 @pytest.mark.parametrize(
     ("plant", "flag", "words"),
     [

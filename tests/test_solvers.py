@@ -124,6 +124,13 @@ def test_neumann_sees_that_its_scale_is_too_small():
     assert "scale" in solution.status.help
 
 
+@pytest.mark.parametrize("largest", [30.0, 1e3, 1e6])
+def test_a_series_that_overflows_has_diverged(largest):
+    rhs = {"w": torch.ones(3, dtype=torch.float32)}
+    solution = Neumann(200, 10.0).solve(lambda v: {"w": largest * v["w"]}, rhs)
+    assert solution.status is Status.DIVERGED
+
+
 def test_neumann_is_the_truncated_series_of_the_paper():
     c, num_terms, d = 4.0, 7, torch.tensor([1.0, 2.0, 3.0])
     series = sum((1.0 - d / c) ** k for k in range(num_terms)) / c
@@ -140,6 +147,33 @@ def test_a_zero_right_hand_side_takes_no_product(solver):
     solution = solver.solve(forbidden, {"w": torch.zeros(3)}, shift=0.1)
     assert solution.status is Status.ZERO_RHS
     assert solution.num_steps == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_one_reduction_says_converged_only_where_the_residual_is_small(seed):
+    # A shift far above the curvature: one step takes away nearly all of the residual, and what is
+    # left is less than the rounding of the two numbers that it is the difference of.
+    draw = torch.Generator().manual_seed(seed)
+    d = 1e-4 * torch.rand(300, generator=draw)
+    rhs = {"w": torch.randn(300, generator=draw)}
+    solution = SingleReductionCG(10, 1e-6).solve(lambda v: {"w": d * v["w"]}, rhs, shift=0.3)
+    left = rhs["w"].double() - (d.double() + 0.3) * solution.value["w"].double()
+    true = float(left.norm() / rhs["w"].double().norm())
+    assert solution.status is Status.CONVERGED
+    assert true < 2e-6
+    assert solution.residual == pytest.approx(true, rel=0.5, abs=2e-7)
+
+
+def test_a_start_is_laid_out_as_the_right_hand_side_is():
+    strides = []
+
+    def matvec(v):
+        strides.append(v["w"].stride())
+        return {"w": 2.0 * v["w"]}
+
+    by_columns = {"w": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).T}
+    CG(3).solve(matvec, by_columns, start={"w": torch.ones(4, 3)})
+    assert set(strides) == {(1, 4)}
 
 
 def test_every_status_explains_itself():

@@ -71,3 +71,10 @@ class SolverConfig:
                 "a number above 0 for solver.on_failure=damp",
                 self.damping,
             )
+            check(
+                self.name != "neumann",
+                "solver.on_failure",
+                "skip or stop for solver.name=neumann",
+                self.on_failure,
+                "it diverges where solver.scale is too small, which more damping makes worse",
+            )

@@ -86,7 +86,8 @@ class SingleReductionCG:
         (s, s) = (A r, A r) + 2 beta (A r, s_old) + beta^2 (s, s)_old
         (r, r)_new = alpha^2 (s, s) - (r, r),   which the next iteration replaces by the true one.
 
-    In exact arithmetic the iterates of `CG`, at half the all-reduces and for one more vector; in
+    Where so little of (r, r) is left that the difference is rounding, it is measured, for one
+    reduction more. In exact arithmetic the iterates of `CG`, at half the all-reduces and for one more vector; in
     rounding it loses orthogonality somewhat earlier. It stops on negative curvature at the same
     iteration.
 
@@ -120,6 +121,7 @@ class SingleReductionCG:
         steps: list[tuple[float, float]] = []
         p, s = zeros_like(rhs), zeros_like(rhs)
         rr_old, pAp_old, ss_old = math.inf, 0.0, 0.0
+        least = 100.0 * torch.finfo(next(iter(rhs.values())).dtype).eps
 
         def end(status: Status) -> Solution:
             combination = (*begin.of_start, *_of_residuals(steps))
@@ -143,6 +145,8 @@ class SingleReductionCG:
             scalars = products.new_tensor([alpha, beta])
             vectors.single_reduction_update(q, r, p, s, Ar, scalars[0], scalars[1])
             del Ar
+            if rr_next < least * rr:
+                rr_next = vectors.dots([(r, r)]).item()  # nothing of the difference is left
             rr_old, pAp_old, ss_old = rr, pAp, ss
             history[-1] = math.sqrt(rr / bb)
             history.append(math.sqrt(rr_next / bb))

@@ -66,7 +66,8 @@ class Neumann:
 
     def _status(self, history: list[float]) -> Status:
         if not math.isfinite(history[-1]):
-            return Status.NOT_FINITE
+            # A residual that grew before is too large by now; a first product is not finite itself.
+            return Status.DIVERGED if history[-2] > history[0] else Status.NOT_FINITE
         if history[-1] <= self.rtol:
             return Status.CONVERGED
         return Status.DIVERGED if history[-1] > history[0] else Status.MAX_STEPS

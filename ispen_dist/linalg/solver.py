@@ -88,11 +88,14 @@ def begin_solve(matvec: MatVec, rhs: Tree, vectors: Vectors, start: Tree | None)
     if start is None:
         bb = rr = vectors.dots([(rhs, rhs)]).item()
     else:
+        # Laid out as the right-hand side is, whether it was kept or read from a checkpoint: a
+        # product can round otherwise where a matrix lies by columns.
+        start = {k: torch.empty_like(x).copy_(start[k]) for k, x in rhs.items()}
         r_start = add_scaled(rhs, -1.0, matvec(start))
         bb, rr = vectors.dots([(rhs, rhs), (r_start, r_start)]).tolist()
         of_start = (1.0,) if rr < bb else (0.0,)
         if rr < bb:
-            q, r = copied(start), r_start
+            q, r = start, r_start
         else:
             rr = bb
     return Begin(q, r, rr, bb, without_work(rhs, bb), of_start)

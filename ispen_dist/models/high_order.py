@@ -34,23 +34,25 @@ class HighOrderEnergy(TaggingEnergy):
         self, feature_network: nn.Module, num_tags: int, order: int, num_units: int
     ) -> None:
         super().__init__(feature_network, num_tags)
+        self.order = order
         self.L = nn.Parameter(torch.randn(num_tags, num_units))
         # A Kronecker product of unit entries has R^2 of them, so a row of S keeps the scale of one.
-        self.S = nn.Parameter(torch.randn(order - 1, num_units**2, num_units) / num_units)
+        # Engines cannot shard a parameter without entries, so M = 1 has none.
+        S = torch.randn(order - 1, num_units**2, num_units) / num_units
+        self.register_parameter("S", nn.Parameter(S) if order > 1 else None)
         self.V = nn.Parameter(torch.zeros(num_units, num_units))
 
     def global_energy(self, y: Tensor) -> Tensor:
         """See `TaggingEnergy.global_energy`."""
-        order = len(self.S) + 1
-        num_windows = max(y.shape[-2] - order, 0)
+        num_windows = max(y.shape[-2] - self.order, 0)
         e = y @ self.L
-        window = [e[..., j : j + num_windows, :] for j in range(order + 1)]
+        window = [e[..., j : j + num_windows, :] for j in range(self.order + 1)]
         return -((self._read(window[:-1]) @ self.V) * window[-1]).sum((-1, -2))
 
     def _read(self, embeddings: Sequence[Tensor]) -> Tensor:
         """Return h_M (..., R) from the embeddings (..., R) of the M tags before the last."""
         h = embeddings[0]
-        for S_j, e in zip(self.S, embeddings[1:], strict=True):
+        for S_j, e in zip(() if self.S is None else self.S, embeddings[1:], strict=True):
             kronecker = (h.unsqueeze(-1) * e.unsqueeze(-2)).flatten(-2)
             h = torch.tanh(kronecker @ S_j)
         return h
@@ -60,4 +62,4 @@ class HighOrderEnergy(TaggingEnergy):
 
         `F(i, ..., i, j)`, the corner of the table that shows which tags repeat and what ends them.
         """
-        return self._read([self.L] * (len(self.S) + 1)) @ self.V @ self.L.T
+        return self._read([self.L] * self.order) @ self.V @ self.L.T

@@ -50,6 +50,11 @@ class OutputSpace(Protocol):
         ...
 
 
+def _nan_where_nan(x: Tensor) -> Tensor:
+    """Return zeros, and NaN where x has it: nothing is drawn from NaN, and a step must see it."""
+    return x - x
+
+
 class LabelSets:
     """Multi-label outputs: y in {0,1}^L, ybar in [0,1]^L, cost 1 - soft F1 of the example."""
 
@@ -79,9 +84,10 @@ class LabelSets:
     def sample(
         self, logits: Tensor, inputs: Inputs, num_samples: int, generator: torch.Generator
     ) -> Tensor:
-        """Draw independent labels: (S, B, L)."""
-        probability = torch.sigmoid(logits.detach()).expand(num_samples, *logits.shape)
-        return torch.bernoulli(probability, generator=generator)
+        """Draw independent labels: (S, B, L), NaN where a logit is."""
+        probability = torch.sigmoid(logits.detach())
+        possible = probability.nan_to_num(0.0).expand(num_samples, *logits.shape)
+        return torch.bernoulli(possible, generator=generator) + _nan_where_nan(probability)
 
 
 @dataclass(frozen=True)
@@ -127,14 +133,17 @@ class TagSequences:
     def sample(
         self, logits: Tensor, inputs: Inputs, num_samples: int, generator: torch.Generator
     ) -> Tensor:
-        """Draw independent tags: one-hot (S, B, T, K), zeros at padding."""
+        """Draw independent tags: one-hot (S, B, T, K), zeros at padding, NaN where logits are."""
         probability = torch.softmax(logits.detach(), dim=-1)
         draws = torch.multinomial(
-            probability.flatten(0, -2), num_samples, replacement=True, generator=generator
+            probability.nan_to_num(1.0).flatten(0, -2),
+            num_samples,
+            replacement=True,
+            generator=generator,
         )
         tags = draws.T.reshape(num_samples, *logits.shape[:-1])
         one_hot = F.one_hot(tags, self.num_tags).to(logits.dtype)
-        return one_hot * inputs["mask"].unsqueeze(-1)
+        return (one_hot + _nan_where_nan(probability)) * inputs["mask"].unsqueeze(-1)
 
 
 class BinaryImages(LabelSets):
