@@ -284,7 +284,7 @@ class OuterStep:
             products.append({k: x.to(torch.float64) for k, x in product.items()})
         difference = trees.add_scaled(products[0], -1.0, products[1])
         error, size = norms(layout, difference, products[1])
-        return error / size
+        return error / size if size > 0.0 else error
 
     def hypergradient(self, inner_batch: Batch, outer_batch: Batch, step: int) -> Hypergradient:
         """Solve once at the present parameters and damping, and change nothing."""

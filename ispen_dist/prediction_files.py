@@ -1,5 +1,7 @@
 """Predictions written in the format of the task, for a file that may be unlabelled."""
 
+import errno
+import os
 import shutil
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from ispen_dist.data.dense_tokens import DenseTaggingDataset, write_dense_tokens
 from ispen_dist.data.images import write_images
 from ispen_dist.data.loading import load_file
 from ispen_dist.data.npz import write_npz
+from ispen_dist.data.output_file import standard_output
 from ispen_dist.data.segmentation import SegmentationDataset
 from ispen_dist.data.svmlight import write_svmlight
 from ispen_dist.decisions import decide
@@ -41,20 +44,38 @@ def predict_file(
 
     Raises:
         DataError: for a malformed file.
-        ConfigError: for a binary format on standard output, or a threshold outside (0, 1).
+        ConfigError: for a target that cannot be written, a binary format on standard output, and a
+            threshold of tags or outside (0, 1).
     """
     if threshold is not None and not 0.0 < threshold < 1.0:
         raise ConfigError(f"--threshold: expected a number between 0 and 1, got {threshold:g}")
+    if threshold is not None and predictor.config.data.task == "tagging":
+        raise ConfigError(
+            f"--threshold: expected none, as tags are not decided by one, got {threshold:g}"
+        )
     if target is not None:
-        _write(predictor, source, target, probabilities, threshold)
+        try:
+            _check_target(target)
+            _write(predictor, source, target, probabilities, threshold)
+        except OSError as error:
+            raise ConfigError(
+                f"--output: expected a file that can be written, got {target}: {error.strerror}"
+            ) from None
         return
     if predictor.config.data.format == "npz":
         raise ConfigError("--output: expected a file to write, as .npz is binary, got none")
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "predictions"
         _write(predictor, source, whole, probabilities, threshold)
-        with whole.open(encoding="utf-8") as file:
+        with whole.open(encoding="utf-8") as file, standard_output():
             shutil.copyfileobj(file, sys.stdout)
+
+
+def _check_target(target: Path) -> None:
+    """Raise OSError, before anything is predicted, where there can be no such file."""
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    target.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _write(

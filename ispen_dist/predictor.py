@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ispen_dist.command_line import config_from_dict, config_to_dict
-from ispen_dist.config import Config
+from ispen_dist.config import Config, ConfigError
 from ispen_dist.config.inference import UNTUNED
 from ispen_dist.data.batch import Batch
 from ispen_dist.data.datasets import (
@@ -101,6 +101,7 @@ class Predictor:
             device: where the networks go.
 
         Raises:
+            ConfigError: for a device that there is not.
             ModelError: for a missing or damaged file, naming it.
         """
         folder = Path(path)
@@ -108,12 +109,21 @@ class Predictor:
         description = _read_description(folder / "config.json")
         codec = _codec(description["codec"])
         config = config_from_dict(description["config"])
-        predictor = cls(
-            build_players(config, codec, torch.device(device)), codec, description["choices"]
-        )
+        players = build_players(config, codec, _available(device))
+        predictor = cls(players, codec, description["choices"])
         for name, network in networks_of(predictor.players).items():
             _load_weights(network, folder / f"{name}.safetensors")
         return predictor
+
+
+def _available(device: torch.device | str) -> torch.device:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ConfigError(
+            f"device: expected cpu, or a GPU that this machine has, got {str(device)!r}"
+        ) from None
+    return torch.device(device)
 
 
 def save_model(

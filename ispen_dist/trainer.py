@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ispen_dist import ops, ranges
 from ispen_dist.average import MovingAverage
-from ispen_dist.checkpoint import Checkpoint
+from ispen_dist.checkpoint import Checkpoint, CheckpointError
 from ispen_dist.config import Config
 from ispen_dist.config.inference import CHOICES, UNTUNED
 from ispen_dist.data.datasets import Dataset
@@ -262,6 +262,7 @@ class Trainer:
         return {
             "round": self.round,
             "seed": self.config.train.seed,
+            "data": self.splits.digest,
             "seconds": self.seconds,
             "best_dev": self.selection.dev,
             "num_stale": self.selection.num_stale,
@@ -277,7 +278,10 @@ class Trainer:
         self.selection.dev, self.selection.num_stale = state["best_dev"], state["num_stale"]
         if state["phases"]["energy"]["name"] == self.rounds.learning.name:
             self.engines.energy.begin(self.rounds.learning)
-        restore_trees(self.engines, self._copies, trees, state["phases"], device)
+        try:
+            restore_trees(self.engines, self._copies, trees, state["phases"], device)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint of round {self.round}: {error}") from None
         if "not_finite" in state:  # Runs before 2026-11-25 ended at the first such step.
             self.rounds.not_finite.record = NotFiniteRecord.from_state(state["not_finite"])
         for _, engine in self.engines.items():

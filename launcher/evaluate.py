@@ -11,6 +11,7 @@ from pathlib import Path
 from ispen_dist.config import ConfigError
 from ispen_dist.data.errors import DataError
 from ispen_dist.data.loading import load_named
+from ispen_dist.data.output_file import standard_output
 from ispen_dist.predictor import ModelError, Predictor
 
 
@@ -30,7 +31,9 @@ def main() -> int:
     except (ConfigError, DataError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps({"split": arguments.split, "examples": len(dataset), **metrics}, indent=2))
+    shown = {"split": arguments.split, "examples": len(dataset), **metrics}
+    with standard_output():
+        print(json.dumps(shown, indent=2))
     return 0
 
 

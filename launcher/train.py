@@ -14,11 +14,17 @@ from typing import NoReturn
 
 import torch
 
-from ispen_dist.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from ispen_dist.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    find_checkpoint,
+    load_checkpoint,
+)
 from ispen_dist.command_line import TrainCommand, dump_config, parse_train, print_error
 from ispen_dist.config import ConfigError
 from ispen_dist.data.errors import DataError
-from ispen_dist.data.loading import load_splits
+from ispen_dist.data.loading import Splits, load_splits
+from ispen_dist.data.output_file import standard_output
 from ispen_dist.distributed import Session
 from ispen_dist.distributed.trouble import FailedElsewhere, report, together
 from ispen_dist.exits import Exit
@@ -81,14 +87,6 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def show(text: str) -> None:
-    """Print a text; that a pipe is not read to its end, as by `head`, is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered
-
-
 def run(command: TrainCommand, session: Session) -> None:
     """Train as the command says."""
     config = command.config
@@ -97,8 +95,9 @@ def run(command: TrainCommand, session: Session) -> None:
     splits = together(session, lambda: load_splits(config), CANNOT_WORK)
     if command.print_config:
         if session.is_main:
-            described = describe(config, splits, session.num_ranks, session.runtime)
-            show(dump_config(config) + described)
+            with standard_output():
+                print(dump_config(config), end="")
+                print(describe(config, splits, session.num_ranks, session.runtime))
         return
     output = command.output or default_output(command, session)
     session.flight_record.folder = output / "flight_record"
@@ -109,7 +108,8 @@ def run(command: TrainCommand, session: Session) -> None:
         folder = RunFolder(output, config, console, is_main=session.is_main)
         trainer = Trainer(config, splits, session, folder)
         if path is not None:
-            trainer.restore(together(session, lambda: load_checkpoint(path), CANNOT_WORK))
+            read = together(session, lambda: read_checkpoint(path, splits), CANNOT_WORK)
+            trainer.restore(read)
             console.message(f"resumed from {path} at round {trainer.round}")
         console.message(describe(config, splits, session.num_ranks, session.runtime))
         if session.is_main:
@@ -148,6 +148,18 @@ def choose_checkpoint(command: TrainCommand, output: Path) -> Path | None:
     if command.resume != "auto":
         return Path(command.resume)
     return find_checkpoint(output / "checkpoints")
+
+
+def read_checkpoint(path: Path, splits: Splits) -> Checkpoint:
+    """Read a checkpoint of a run on the same data."""
+    checkpoint = load_checkpoint(path)
+    # Runs before 2026-11-30 kept nothing of their data.
+    if checkpoint.state.get("data", splits.digest) != splits.digest:
+        raise CheckpointError(
+            f"{path}: expected the labels, features and numbers of examples that the run was begun "
+            "with, found others; restore the data, or start in another folder"
+        )
+    return checkpoint
 
 
 if __name__ == "__main__":

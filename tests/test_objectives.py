@@ -205,6 +205,21 @@ def test_samples_follow_the_distribution_and_respect_padding():
     assert frequency[2].abs().max() == 0.0
 
 
+def test_what_is_drawn_of_nan_is_nan_and_the_rest_is_what_it_was():
+    nan, draws = torch.nan, 50
+    logits = torch.tensor([[0.3, nan, -1.0], [2.0, 0.5, 0.1]])
+    drawn = LabelSets().sample(logits, {}, draws, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn.isnan(), logits.isnan().expand(draws, 2, 3))
+    never = logits.nan_to_num(-99.0)
+    whole = LabelSets().sample(never, {}, draws, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn.nan_to_num(0.0), whole)
+    logits = torch.tensor([[[0.3, nan, -1.0], [2.0, 0.5, 0.1]]])
+    mask = torch.tensor([[True, True]])
+    tags = TagSequences(3).sample(logits, {"mask": mask}, draws, torch.Generator().manual_seed(0))
+    assert tags[:, :, 0].isnan().all()
+    assert torch.equal(tags[:, :, 1].sum(-1), torch.ones(draws, 1))
+
+
 def test_padding_changes_no_energy_cost_or_likelihood():
     batch = problems.random_tagging_batch(4)
     players = build_players(problems.tagging_config(), problems.tagging_codec(), problems.CPU)

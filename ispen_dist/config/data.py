@@ -88,6 +88,11 @@ class DataConfig:
         check_ranges(
             "data", self, shift=(0, ANY), rotate=(0.0, 180.0), zoom=(0.0, 2.0), colour=(0.0, 1.0)
         )
+        if self.split_file:
+            expected = "none beside data.split_file, which has a part of that name"
+            check(not self.dev, "data.dev", expected, self.dev)
+        if self.test_folds:
+            check(not self.test, "data.test", "none beside data.test_folds", self.test)
         if not self.dev and not self.split_file:
             check(
                 self.dev_fraction > 0.0,

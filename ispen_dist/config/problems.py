@@ -105,8 +105,8 @@ class OuterConfig:
     ] = "task"
     """Outer loss, see `objectives`."""
     task_weight: float = 0.0
-    """Weight of the task cost added to the objective. The cost of what a network predicts depends on
-    the energy through the network alone: train.method=explicit learns nothing from it."""
+    """Weight of the task cost added to the objective; without effect under train.method=explicit
+    where a network predicts, as its cost reads no energy."""
     entity_weight: float = 1.0
     """Tagging with data.spans=bio: weight of a token of an entity in every cost, to that of one
     outside. With 1 the cost is the share of wrong tags, which says little of the F1 of entities."""

@@ -28,6 +28,8 @@ def read_arff(
     labels_xml: str | Path | None,
     num_labels: int | None = None,
     label_names: Sequence[str] | None = None,
+    *,
+    labelled: bool = True,
 ) -> MultiLabelTable:
     """Read feature vectors and label sets; a sparse file gives CSR features.
 
@@ -40,12 +42,13 @@ def read_arff(
         num_labels: without the XML file, how many of the last attributes are labels.
         label_names: labels of a trained model, instead of either. Here, and only here, a file with
             none of them passes as unlabelled.
+        labelled: whether the labels are read; if not, their values may be missing.
 
     Raises:
         DataError: for a malformed or missing value, a label other than 0 and 1, and for a label
             that is no attribute.
     """
-    content = read_content(path)
+    content = read_content(path, () if labelled else label_names or ())
     names, is_label = _labels(content, labels_xml, num_labels, label_names)
     feature_columns = [i for i, name in enumerate(content.names) if name not in is_label]
     if not feature_columns:
@@ -54,7 +57,7 @@ def read_arff(
         raise content.error(entry, "a finite number")
     return MultiLabelTable(
         features=content.matrix[:, feature_columns],
-        targets=_targets(content, names) if is_label else None,
+        targets=_targets(content, names) if is_label and labelled else None,
         label_names=names,
         feature_names=tuple(content.names[i] for i in feature_columns),
         path=str(path),

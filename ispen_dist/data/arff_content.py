@@ -7,7 +7,7 @@ machine) but leave the line out of their errors. A counting stream puts it back.
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
@@ -103,8 +103,12 @@ class ArffContent:
         )  # fmt: skip
 
 
-def read_content(path: str | Path) -> ArffContent:
+def read_content(path: str | Path, may_miss: Collection[str] = ()) -> ArffContent:
     """Read a dense or sparse file whose attributes are all numbers, nominal ones such as {0,1} too.
+
+    Args:
+        path: the file, plain or gzip.
+        may_miss: attributes whose missing values are read as 0.
 
     Raises:
         DataError: for an unreadable file, a malformed row, missing values and other than numbers.
@@ -117,7 +121,7 @@ def read_content(path: str | Path) -> ArffContent:
     if is_sparse:
         _check_omitted_values(stream, content["attributes"])
     row_lines: list[int] = []
-    rows = _rows(stream, content["data"], names, row_lines)
+    rows = _rows(stream, content["data"], names, frozenset(may_miss), row_lines)
     matrix = _sparse_matrix(rows, len(names)) if is_sparse else _dense_matrix(rows)
     return ArffContent(path, matrix, names, row_lines)
 
@@ -175,22 +179,33 @@ _Row = tuple[Sequence[int], list[float]]
 
 
 def _rows(
-    stream: _Stream, data: Iterator[Any], names: list[str], row_lines: list[int]
+    stream: _Stream,
+    data: Iterator[Any],
+    names: list[str],
+    may_miss: frozenset[str],
+    row_lines: list[int],
 ) -> Iterator[_Row]:
     """Yield columns and values of each row, and note the lines they stand on."""
     while (row := _guarded(stream, lambda: next(data, None))) is not None:
         row_lines.append(stream.line)
         if not isinstance(row, dict):
-            yield range(len(row)), _numbers(stream, range(len(row)), row, names)
+            yield range(len(row)), _numbers(stream, range(len(row)), row, names, may_miss)
             continue
-        yield list(row), _numbers(stream, list(row), row.values(), names)
+        yield list(row), _numbers(stream, list(row), row.values(), names, may_miss)
         if row and stream.text.count(",") + 1 != len(row):
             raise stream.error("each attribute index once", f"{stream.shown()} with one twice")
 
 
 def _numbers(
-    stream: _Stream, columns: Sequence[int], values: Iterable[Any], names: list[str]
+    stream: _Stream,
+    columns: Sequence[int],
+    values: Iterable[Any],
+    names: list[str],
+    may_miss: frozenset[str],
 ) -> list[float]:
+    if may_miss:
+        pairs = zip(columns, values, strict=True)
+        values = [0 if v is None and names[column] in may_miss else v for column, v in pairs]
     try:
         return [float(value) for value in values]
     except (TypeError, ValueError):

@@ -112,12 +112,13 @@ def read_conll(
     return [columns.sentence(block) for block in blocks]
 
 
-def read_conllu(path: str | Path, tag: Literal["upos", "xpos"] = "upos") -> list[Sentence]:
+def read_conllu(path: str | Path, tag: Literal["upos", "xpos"] | None = "upos") -> list[Sentence]:
     """Read the words of a CoNLL-U file; ranges (3-4) and empty nodes (8.1) are not words.
 
     Args:
         path: the file, plain or gzip.
-        tag: which column holds the tags. If it is `_` all through the file, the tags are None.
+        tag: which column holds the tags; None reads none. If it is `_` all through the file, the
+            tags are None as well.
 
     Raises:
         DataError: for an unreadable file, a line without ten columns, words not numbered 1, 2, 3,
@@ -127,9 +128,10 @@ def read_conllu(path: str | Path, tag: Literal["upos", "xpos"] = "upos") -> list
     sentences = [block for block in blocks if block]
     if not sentences:
         raise DataError(path, None, "expected at least one sentence, got comments only")
-    column = _TAG_COLUMN[tag]
-    tagged = any(row[column] != "_" for words in sentences for _, row in words)
-    return [_conllu_sentence(path, words, column if tagged else None) for words in sentences]
+    column = None if tag is None else _TAG_COLUMN[tag]
+    if all(column is None or row[column] == "_" for words in sentences for _, row in words):
+        column = None
+    return [_conllu_sentence(path, words, column) for words in sentences]
 
 
 Words = list[tuple[int, list[str]]]
@@ -239,7 +241,7 @@ def write_conllu(
         ValueError: where the numbers of sentences or words differ.
     """
     lines = read_text(source_path).split("\n")
-    for sentence, answers in _answers(read_conllu(source_path, tag), tags, probabilities):
+    for sentence, answers in _answers(read_conllu(source_path, None), tags, probabilities):
         for position, (answer, probability) in enumerate(answers):
             place = sentence.line_of(position) - 1
             lines[place] = _retagged(lines[place], _TAG_COLUMN[tag], answer, probability)

@@ -82,12 +82,13 @@ class DenseTokens:
         return np.concatenate([np.arange(self.bounds[s], self.bounds[s + 1]) for s in sequences])
 
 
-def read_dense_tokens(path: str | Path, key: str) -> DenseTokens:
+def read_dense_tokens(path: str | Path, key: str, *, labelled: bool = True) -> DenseTokens:
     """Read sequences of vectors.
 
     Args:
         path: the file.
         key: name of the array of the tokens' numbers.
+        labelled: whether the labels are read.
 
     Raises:
         DataError: for arrays of objects, other shapes, NaN or infinity, labels that are no whole
@@ -107,7 +108,8 @@ def read_dense_tokens(path: str | Path, key: str) -> DenseTokens:
             f" got {entry.value:g}; mend or drop the sequence",
         )  # fmt: skip
     bounds = _bounds(path, _whole(path, archive, "word", len(features)))
-    labels = _whole(path, archive, "label", len(features)) if "label" in archive else None
+    has_labels = labelled and "label" in archive
+    labels = _whole(path, archive, "label", len(features)) if has_labels else None
     folds = _whole(path, archive, "fold", len(features)) if "fold" in archive else None
     if folds is not None:
         folds = folds[bounds[:-1]]

@@ -96,12 +96,15 @@ class ImageTable:
         return replace(self, images=images, masks=masks)
 
 
-def read_images(path: str | Path, masks_path: str | Path | None = None) -> ImageTable:
+def read_images(
+    path: str | Path, masks_path: str | Path | None = None, *, labelled: bool = True
+) -> ImageTable:
     """Read images and, where the file has them, masks.
 
     Args:
         path: the file.
         masks_path: another file, whose masks stand in the place of its own.
+        labelled: whether the masks are read.
 
     Raises:
         DataError: for arrays of objects, other shapes, and NaN, infinity or other masks than 0
@@ -110,7 +113,7 @@ def read_images(path: str | Path, masks_path: str | Path | None = None) -> Image
     archive = open_archive(path, "images=..., masks=...")
     images = numbers_of(path, archive, "images", "image row column channel")
     _check(path, "images", images, "a finite number")
-    if masks_path is None and "masks" not in archive:
+    if not labelled or (masks_path is None and "masks" not in archive):
         return ImageTable(images, None, str(path))
     return ImageTable(images, _read_masks(masks_path or path, images.shape[:3]), str(path))
 
@@ -130,7 +133,10 @@ def _read_masks(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _check(path: str | Path, key: str, values: np.ndarray, expected: str) -> None:
-    wrong = not_finite(values) if key == "images" else not_binary(values)
+    with np.errstate(over="ignore"):
+        # Networks read float32, whose infinity is a smaller number than that of float64.
+        single = values.astype(np.float32) if values.dtype == np.float64 else values
+    wrong = not_finite(single) if key == "images" else not_binary(values)
     if wrong.any():
         place = np.unravel_index(int(np.argmax(wrong)), values.shape)
         where = ", ".join(str(int(i)) for i in place)

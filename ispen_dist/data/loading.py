@@ -1,8 +1,10 @@
 """From the `data` section to data sets: paths, splits and codecs."""
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -55,6 +57,12 @@ class Splits:
     test: Dataset | None
     codec: Codec
 
+    @property
+    def digest(self) -> str:
+        """12 hex digits that change with labels, features and the numbers of examples."""
+        basis = [asdict(self.codec), len(self.train), len(self.dev)]
+        return hashlib.sha256(json.dumps(basis).encode()).hexdigest()[:12]
+
 
 def data_path(config: DataConfig, name: str) -> Path:
     """Return the path of a data file; relative ones are below `data.root`."""
@@ -94,10 +102,18 @@ def load_named(config: Config, codec: Codec, name: str) -> Dataset:
 
     Raises:
         ConfigError: for a name the configuration does not know.
+        DataError: where it is a part of training data that has changed since.
     """
-    if name in config.data.extra:
-        return load_file(config, codec, data_path(config.data, config.data.extra[name]))
+    data = config.data
+    files = {"dev": data.dev, "test": data.test, **data.extra}
+    if files.get(name):
+        return load_file(config, codec, data_path(data, files[name]))
     splits = load_splits(config)
+    if splits.codec != codec:
+        raise DataError(
+            data_path(data, data.train[0]), None, "expected the labels and features of the model, "
+            "got others; restore the training data, or name a file under data.extra",
+        )  # fmt: skip
     known = {"train": splits.train, "dev": splits.dev}
     if splits.test is not None:
         known["test"] = splits.test
@@ -122,20 +138,18 @@ def load_file(config: Config, codec: Codec, path: Path, *, labelled: bool = True
     if isinstance(codec, TaggingCodec) and isinstance(codec.features, DenseTokenFeatures):
         return _read_dense(config.data, codec, path, labelled)
     if isinstance(codec, TaggingCodec):
-        sentences = _read_sentences(config.data, path)
+        sentences = _read_sentences(config.data, path, labelled)
         if labelled:
             _require_tags(sentences, path)
             check_tags(sentences, codec.tags, path)
-        else:
-            sentences = [replace(sentence, tags=None) for sentence in sentences]
         return TaggingDataset(tuple(sentences), codec)
     if isinstance(codec, SegmentationCodec):
-        images = _read_images(config.data, path) if labelled else read_images(path)
+        images = _read_images(config.data, path) if labelled else read_images(path, labelled=False)
         images.check_size(codec.size)
         if labelled:
             images.check_stride(codec.output_stride)
         return SegmentationDataset(images, codec)
-    table = _read_table(config.data, path, codec)
+    table = _read_table(config.data, path, codec, labelled)
     table.check_columns(codec.labels, codec.feature_names)
     if labelled:
         _require_targets(table, path)
@@ -156,16 +170,16 @@ def _require_targets(table: MultiLabelTable, path: Path) -> None:
         raise DataError(path, None, "expected labels, got features only; name a labelled file")
 
 
-def _read_sentences(config: DataConfig, path: Path) -> Sequence[Sentence]:
+def _read_sentences(config: DataConfig, path: Path, labelled: bool = True) -> Sequence[Sentence]:
     if config.format == "conllu":
-        return read_conllu(path, tag=config.tag)
-    return read_conll(path, token_column=config.token_column, tag_column=config.tag_column)
+        return read_conllu(path, tag=config.tag if labelled else None)
+    return read_conll(path, config.token_column, config.tag_column if labelled else None)
 
 
 def _read_dense(
     config: DataConfig, codec: TaggingCodec, path: Path, labelled: bool
 ) -> DenseTaggingDataset:
-    table = read_dense_tokens(path, config.features_key)
+    table = read_dense_tokens(path, config.features_key, labelled=labelled)
     if table.features.shape[1] != codec.num_inputs:
         raise DataError(
             path, None, f"{config.features_key}: expected {codec.num_inputs} numbers for each "
@@ -304,17 +318,16 @@ def _read_images(config: DataConfig, path: Path) -> ImageTable:
 
 
 def _read_table(
-    config: DataConfig, path: Path, codec: MultiLabelCodec | None = None
+    config: DataConfig, path: Path, codec: MultiLabelCodec | None = None, labelled: bool = True
 ) -> MultiLabelTable:
     if config.format == "arff":
         if codec is not None:
-            return read_arff(path, None, label_names=codec.labels)
+            return read_arff(path, None, label_names=codec.labels, labelled=labelled)
         return read_arff(path, data_path(config, config.labels_xml))
     if config.format == "svmlight":
-        return read_svmlight(
-            path, config.num_features, config.num_labels, zero_based=config.zero_based
-        )
-    return read_npz(path, codec.labels if codec else None)
+        sizes = config.num_features, config.num_labels
+        return read_svmlight(path, *sizes, zero_based=config.zero_based, labelled=labelled)
+    return read_npz(path, codec.labels if codec else None, labelled=labelled)
 
 
 def _split(config: Config, whole: Dataset, codec: Codec) -> Splits:
@@ -323,6 +336,8 @@ def _split(config: Config, whole: Dataset, codec: Codec) -> Splits:
     test = load_file(config, codec, data_path(data, data.test)) if data.test else None
     if data.split_file:
         rows = read_split_file(data_path(data, data.split_file), len(whole))
+        twice = "test" in rows and test is not None
+        check(not twice, "data.test", "no file beside the test rows of data.split_file", data.test)
         if data.train_on_dev:
             rows["train"] = np.concatenate([rows["train"], rows["dev"]])
         parts = {name: Subset(whole, part) for name, part in rows.items()}
@@ -330,6 +345,8 @@ def _split(config: Config, whole: Dataset, codec: Codec) -> Splits:
     if data.dev:
         dev = load_file(config, codec, data_path(data, data.dev))
         return Splits(whole, dev, test, codec)
+    expected = "2 examples or more, to hold some of them out as dev"
+    check(len(whole) > 1, "data.train", expected, len(whole), "name a file under data.dev")
     train_rows, dev_rows = seeded_split(len(whole), data.dev_fraction, data.dev_seed)
     train = whole if data.train_on_dev else Subset(whole, train_rows)
     return Splits(train, Subset(whole, dev_rows), test, codec)
@@ -343,5 +360,7 @@ def hold_out(config: Config, train: Dataset) -> tuple[Dataset, Dataset]:
     fraction = config.outer.held_out_fraction
     if fraction == 0.0 or config.train.method == "mle":
         return train, train
+    expected = "0 where there is a single training example"
+    check(len(train) > 1, "outer.held_out_fraction", expected, fraction)
     inner_rows, outer_rows = seeded_split(len(train), fraction, config.train.seed)
     return Subset(train, np.asarray(inner_rows)), Subset(train, np.asarray(outer_rows))

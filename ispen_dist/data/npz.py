@@ -21,12 +21,15 @@ from ispen_dist.data.tables import Matrix, MultiLabelTable, first_entry, not_bin
 _TABLE = "row column"
 
 
-def read_npz(path: str | Path, label_names: Sequence[str] | None = None) -> MultiLabelTable:
+def read_npz(
+    path: str | Path, label_names: Sequence[str] | None = None, *, labelled: bool = True
+) -> MultiLabelTable:
     """Read dense feature vectors and label sets.
 
     Args:
         path: the file.
         label_names: labels of a trained model; the file's own must be the same, if it has any.
+        labelled: whether the targets are read.
 
     Raises:
         DataError: for arrays of objects, other shapes, and NaN, infinity or other targets than 0
@@ -34,7 +37,8 @@ def read_npz(path: str | Path, label_names: Sequence[str] | None = None) -> Mult
     """
     archive = open_archive(path, "features=..., targets=...")
     features = numbers_of(path, archive, "features", _TABLE)
-    targets = numbers_of(path, archive, "targets", _TABLE) if "targets" in archive else None
+    has_targets = labelled and "targets" in archive
+    targets = numbers_of(path, archive, "targets", _TABLE) if has_targets else None
     if targets is not None and len(targets) != len(features):
         raise DataError(
             path, None, f"targets: expected {len(features)} rows, as features has, "

@@ -1,6 +1,7 @@
-"""Output that is whole or not there."""
+"""Output that is whole or not there, and output that is not read to its end."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,3 +33,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def standard_output() -> Iterator[None]:
+    """Print in the block; that a pipe is not read to its end, as by `head`, is no error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # What is still buffered.

@@ -39,10 +39,14 @@ def read_split_file(path: str | Path, num_rows: int) -> dict[str, np.ndarray]:
 def _parsed(path: str | Path) -> Any:
     try:
         return json.load(open_text(path), object_pairs_hook=lambda pairs: _object(path, pairs))
+    except DataError:
+        raise
     except json.JSONDecodeError as error:
         raise DataError(
             path, error.lineno, f"expected JSON, got: {error.msg} at column {error.colno}"
         ) from None
+    except (ValueError, RecursionError) as error:  # A number or a nesting that is too long.
+        raise DataError(path, None, f"expected lists of row numbers, got: {error}") from None
 
 
 def _object(path: str | Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

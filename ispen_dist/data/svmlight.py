@@ -38,6 +38,7 @@ def read_svmlight(
     num_labels: int | None = None,
     *,
     zero_based: bool = True,
+    labelled: bool = True,
 ) -> MultiLabelTable:
     """Read sparse feature vectors and label sets; columns are named by their index in the file.
 
@@ -49,6 +50,7 @@ def read_svmlight(
         num_features: D; if not given, from the first line "N D L" or the largest index.
         num_labels: L, likewise.
         zero_based: whether feature indices start at zero. Labels always do.
+        labelled: whether the labels are read; if not, any numbers may stand in their place.
 
     Raises:
         DataError: for a malformed line, an index or label out of range, NaN and infinity.
@@ -63,7 +65,7 @@ def read_svmlight(
         raise DataError(path, None, "expected at least one row, got none; is the file cut off?")
     features, labels = _loaded(path, lines, zero_based)
     features = _sized(path, features, row_lines, num_features, zero_based)
-    targets = _targets(path, labels, row_lines, num_labels)
+    targets = _targets(path, labels if labelled else [()] * len(labels), row_lines, num_labels)
     start = 0 if zero_based else 1
     num_features, num_labels = dimensions(features)[1], dimensions(targets)[1]
     return MultiLabelTable(

@@ -87,9 +87,9 @@ class SingleReductionCG:
         (r, r)_new = alpha^2 (s, s) - (r, r),   which the next iteration replaces by the true one.
 
     Where so little of (r, r) is left that the difference is rounding, it is measured, for one
-    reduction more. In exact arithmetic the iterates of `CG`, at half the all-reduces and for one more vector; in
-    rounding it loses orthogonality somewhat earlier. It stops on negative curvature at the same
-    iteration.
+    reduction more. In exact arithmetic the iterates of `CG`, at half the all-reduces and for one
+    more vector; in rounding it loses orthogonality somewhat earlier. It stops on negative curvature
+    at the same iteration.
 
     Attributes:
         max_steps: limit on products with `A`.

@@ -39,7 +39,7 @@ class HighOrderEnergy(TaggingEnergy):
         # A Kronecker product of unit entries has R^2 of them, so a row of S keeps the scale of one.
         # Engines cannot shard a parameter without entries, so M = 1 has none.
         S = torch.randn(order - 1, num_units**2, num_units) / num_units
-        self.register_parameter("S", nn.Parameter(S) if order > 1 else None)
+        self.S: nn.Parameter | None = nn.Parameter(S) if order > 1 else None
         self.V = nn.Parameter(torch.zeros(num_units, num_units))
 
     def global_energy(self, y: Tensor) -> Tensor:

@@ -135,12 +135,8 @@ class TagSequences:
     ) -> Tensor:
         """Draw independent tags: one-hot (S, B, T, K), zeros at padding, NaN where logits are."""
         probability = torch.softmax(logits.detach(), dim=-1)
-        draws = torch.multinomial(
-            probability.nan_to_num(1.0).flatten(0, -2),
-            num_samples,
-            replacement=True,
-            generator=generator,
-        )
+        possible = probability.nan_to_num(1.0).flatten(0, -2)
+        draws = torch.multinomial(possible, num_samples, replacement=True, generator=generator)
         tags = draws.T.reshape(num_samples, *logits.shape[:-1])
         one_hot = F.one_hot(tags, self.num_tags).to(logits.dtype)
         return (one_hot + _nan_where_nan(probability)) * inputs["mask"].unsqueeze(-1)
