@@ -61,6 +61,14 @@ TAGGING = {
     "number in a mapping": ({"data": {"extra": {"a": 1}}}, "expected dict[str, str], got {'a': 1}"),
     "lines in text": ({"inner": {"steps": "a\nb"}}, "inner.steps: expected int, got 'a\\nb'"),
     "long text": ({"inner": {"steps": "x" * 999}}, "inner.steps: expected int, got 'xxx"),
+    "a series and damping": (
+        {"solver": {"name": "neumann", "on_failure": "damp"}},
+        "solver.on_failure: expected skip or stop for solver.name=neumann, got 'damp'; it diverges",
+    ),
+    "dev beside a split file": (
+        {"data": {"dev": "d", "split_file": "s"}},
+        "data.dev: expected none beside data.split_file, which has a part of that name, got 'd'",
+    ),
     "below its range": ({"inner": {"steps": 0}}, "inner.steps: expected at least 1, got 0"),
     "above its range": (
         {"inference_net": {"dropout": 1.5}},

@@ -1,5 +1,6 @@
 """From the data section to data sets: the embedded set, splits, hold-out, batches, metrics."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,17 @@ from sklearn.metrics import f1_score
 from ispen_dist.command_line import load_config
 from ispen_dist.config import ConfigError, DataConfig
 from ispen_dist.config.inference import EMPTY_WEIGHTS, TEMPERATURES, THRESHOLDS
-from ispen_dist.data.datasets import Subset, TaggingDataset
+from ispen_dist.data.datasets import (
+    DenseTokenFeatures,
+    MultiLabelCodec,
+    Subset,
+    TaggingCodec,
+    TaggingDataset,
+)
 from ispen_dist.data.errors import DataError
-from ispen_dist.data.loading import hold_out, load_named, load_splits
+from ispen_dist.data.loading import hold_out, load_file, load_named, load_splits
+from ispen_dist.data.segmentation import SegmentationCodec
+from ispen_dist.data.token_features import HashedTokenFeatures
 from ispen_dist.decisions import decide
 from ispen_dist.evaluate import evaluate
 from ispen_dist.metrics import MultiLabelMetrics, TaggingMetrics
@@ -95,6 +104,75 @@ def test_an_unlabelled_or_unknown_dev_set_is_refused(tweets, write):
         load_splits(with_dev(write("word\n", "a.conll")))
     with pytest.raises(DataError, match=r"b\.conll:2: .*'NN'"):
         load_splits(with_dev(write("a\tN\nword\tNN\n", "b.conll")))
+
+
+def test_what_is_named_twice_or_is_too_little_is_refused(tweets, write):
+    one = str(write("a\tN\n", "one.conll"))
+    five = str(write("a\tN\n\n" * 5, "five.conll"))
+    split = str(write('{"train": [0, 1], "dev": [2], "test": [3]}', "split.json"))
+    plain = {"train": [five], "dev": "", "test": "", "extra": {}}
+
+    def load(**data):
+        return load_splits(replace(tweets, data=replace(tweets.data, **plain | data)))
+
+    with pytest.raises(ConfigError, match=r"data\.dev: expected none beside data\.split_file"):
+        load(split_file=split, dev=one)
+    with pytest.raises(ConfigError, match=r"data\.test: expected no file beside the test rows"):
+        load(split_file=split, test=one)
+    with pytest.raises(ConfigError, match=r"data\.train: expected 2 examples or more, .*, got 1"):
+        load(train=[one])
+    splits = load(train=[one], dev=one)
+    held_out = replace(tweets, outer=replace(tweets.outer, held_out_fraction=0.3))
+    with pytest.raises(ConfigError, match=r"outer\.held_out_fraction: expected 0 where"):
+        hold_out(held_out, splits.train)
+
+
+def arrays(**own):
+    file = io.BytesIO()
+    np.savez(file, **own)
+    return file.getvalue()
+
+
+WORDS = "".join(f"{i}\tw\t_\t{tag}" + "\t_" * 6 + "\n" for i, tag in ((1, "_"), (2, "Z")))
+ATTRIBUTES = "".join(f"@attribute {name} numeric\n" for name in ("0", "1", "l0", "l1"))
+TAGS = TaggingCodec(("0", "1"), HashedTokenFeatures(16, 2))
+DENSE = replace(TAGS, features=DenseTokenFeatures(2))
+LABELS = MultiLabelCodec(("l0", "l1"), ("0", "1"))
+IMAGES = SegmentationCodec((4, 4, 1), (0.0,), (1.0,))
+TABLE = {"features": np.zeros((2, 2))}
+UNREAD = {
+    "no tag, and an unknown one": (TAGS, {"task": "tagging"}, "a\t\nb\tZ\n"),
+    "words of which one has a tag": (TAGS, {"task": "tagging", "format": "conllu"}, WORDS),
+    "labels that are missing, and no label": (
+        LABELS, {"format": "arff", "labels_xml": "none.xml"},
+        f"@relation r\n{ATTRIBUTES}@data\n0,0,?,1\n0,0,7,?\n",
+    ),
+    "a label beyond the last, twice, and a fraction": (
+        replace(LABELS, labels=("0", "1")),
+        {"format": "svmlight", "num_features": 2, "num_labels": 2}, "5,5 0:1\n1.5 1:1\n",
+    ),
+    "targets of another size": (
+        LABELS, {"format": "npz"}, arrays(targets=np.full((3, 5), 9), **TABLE),
+    ),
+    "labels that are fractions": (
+        DENSE, {"task": "tagging", "format": "npz"},
+        arrays(word=np.array([0, 1]), label=np.array([0.5, 7.0]), **TABLE),
+    ),
+    "masks of 255": (
+        IMAGES, {"task": "segmentation", "format": "npz"},
+        arrays(images=np.zeros((2, 4, 4, 1)), masks=np.full((2, 4, 4), 255)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_structures_are_not_looked_at_where_they_are_not_needed(case, write):
+    codec, settings, content = UNREAD[case]
+    data = DataConfig(**({"task": "multilabel", "train": ["none"]} | settings))
+    config, path = replace(problems.tagging_config(), data=data), write(content)
+    assert len(load_file(config, codec, path, labelled=False)) in (1, 2)
+    with pytest.raises(DataError):
+        load_file(config, codec, path)
 
 
 def test_a_relative_path_is_below_the_root(monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from ispen_dist.inner import inner_step
 from ispen_dist.linalg.operators import HessianOperator
 from ispen_dist.linalg.solvers import SOLVERS
 from ispen_dist.optim import Phase, clip_factor
-from ispen_dist.outer import OuterStep, SolveFailed, SolverRecord
+from ispen_dist.outer import MOST_DAMPING, OuterStep, SolveFailed, SolverRecord
 from ispen_dist.players import build_players, replicated
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -83,6 +83,22 @@ def test_the_repeats_are_limited():
     figures, _ = step(outer)
     assert outer.record.statuses == {"negative_curvature": 3}
     assert figures["skipped"] == 1
+
+
+def test_failures_without_end_leave_a_damping_that_can_be_saved():
+    outer = outer_step(on_failure="damp", damping=1.0, damping_factor=1e5, max_repeats=5)
+    with torch.no_grad():
+        next(iter(outer.players.theta.values())).fill_(float("nan"))
+    step(outer)
+    assert outer.record.damping == MOST_DAMPING
+
+
+def test_a_product_that_is_zero_has_no_error_of_rounding():
+    outer = outer_step()
+    layout = outer.engines.inference_net.layout
+    nothing = {k: torch.zeros_like(v) for k, v in outer.players.theta.items()}
+    batch = problems.random_batch("multilabel", 6, 0)
+    assert outer._precision_error(batch, nothing, layout) == 0.0
 
 
 def test_stop_says_what_happened_and_what_to_change():

@@ -72,6 +72,15 @@ def test_malformed_images(case, write):
     check_error(lambda: read_images(path), path, None, expected, got)
 
 
+def test_images_beyond_float32_are_refused(write):
+    images = np.zeros((2, 4, 4, 1))
+    images[1, 2, 3, 0] = 1e300
+    path = write(archive(images=images, masks=np.zeros((2, 4, 4))))
+    expected = r"images\[1, 2, 3, 0\]: expected a finite number, got 1e\+300"
+    with pytest.raises(DataError, match=expected):
+        read_images(path)
+
+
 def test_images_of_another_size_or_without_masks_are_refused(write):
     table = read_images(write(archive(images=IMAGES, masks=MASKS), "a.npz"))
     other = read_images(write(archive(images=IMAGES[:, :4]), "b.npz"))

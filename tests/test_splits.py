@@ -35,6 +35,8 @@ def test_real_split_files(shared_data, name, num_rows, sizes):
     ("content", "line", "expected", "got"),
     [
         ('{"train": [0],\n"dev": [1', 2, "expected JSON", "Expecting ',' delimiter"),
+        ("[" * 9999, None, "expected lists of row numbers", "maximum recursion depth"),
+        ('{"train": [' + "9" * 5000 + "]}", None, "expected lists of row numbers", "Exceeds the"),
         ("[0, 1]", None, "expected an object with train, dev and test", "a list"),
         ("{}", None, "expected the names train and dev", "none; add train"),
         ('{"train": [0], "test": [1]}', None, "expected the names", "'train', 'test'; add dev"),

@@ -188,6 +188,55 @@ def test_a_used_folder_is_not_overwritten(config, finished):  # noqa: F811
     assert rows_of(folder) == before
 
 
+def test_data_that_has_changed_since_is_no_data_of_the_run(config, tmp_path):  # noqa: F811
+    data = tmp_path / "data"
+    shutil.copytree(config.parent, data)
+    flags = [f"--data.root={data}", "--train.max_outer_steps=1"]
+    run_folder = tmp_path / "run"
+    train(config, run_folder, *flags)
+    names = ("again", "test", "dev", "train")
+    before = {n: called("evaluate.py", run_folder, "--split", n)[0] for n in names}
+    with (data / "train.conll").open("a") as file:
+        file.write("\nowl\tA\n")  # A tag before all others: each of them has another number now.
+    for name in names[:-1]:
+        assert called("evaluate.py", run_folder, "--split", name)[0] == before[name]
+    _, errors = called("evaluate.py", run_folder, "--split", "train", expect=2)
+    assert "train.conll: expected the labels and features of the model, got others" in errors
+    shutil.rmtree(run_folder / "checkpoints" / "step_00000003")
+    printed = train(config, run_folder, *flags, expect=2)
+    assert "step_00000002: expected the labels, features and numbers of examples" in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_checkpoint_of_another_network_is_refused(config, finished, tmp_path):  # noqa: F811
+    newest = sorted((finished[0] / "checkpoints").glob("step_*"))[-1]
+    flags = ["--resume", newest, "--inference_net.hidden_size=6"]
+    printed = train(config, tmp_path / "run", *map(str, flags), expect=2)
+    assert "expected shape" in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output", "{folder}"], "--output: expected a file that can be written, got {folder}"),
+        (["--output", "{file}/tags"], "--output: expected a file that can be written, got {file}/"),
+        (["--threshold", "0.4"], "--threshold: expected none, as tags are not decided by one"),
+        (["--device", "foo"], "device: expected cpu, or a GPU that this machine has, got 'foo'"),
+        (["--device", "cuda:99"], "device: expected cpu, or a GPU that this machine has, got 'cud"),
+    ],
+)
+def test_a_prediction_that_cannot_be_is_refused_in_one_line(finished, tmp_path, flags, message):
+    file = tmp_path / "words.conll"
+    file.write_text("the\ndog\n")
+    names = {"folder": tmp_path, "file": file}
+    arguments = [flag.format(**names) for flag in flags]
+    printed, errors = called("predict.py", finished[0], "--input", file, *arguments, expect=2)
+    assert (printed, errors.count("\n")) == ("", 1)
+    assert message.format(**names) in errors
+    assert file.read_text() == "the\ndog\n"
+
+
 def test_a_damaged_model_is_refused_by_name(finished, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(finished[0] / "model", folder)
