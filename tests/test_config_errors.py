@@ -66,7 +66,7 @@ TAGGING = {
         "solver.on_failure: expected skip or stop for solver.name=neumann, got 'damp'; it diverges",
     ),
     "dev beside a split file": (
-        {"data": {"dev": "d", "split_file": "s"}},
+        {"data": {"train": ["t"], "dev": "d", "split_file": "s"}},
         "data.dev: expected none beside data.split_file, which has a part of that name, got 'd'",
     ),
     "below its range": ({"inner": {"steps": 0}}, "inner.steps: expected at least 1, got 0"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-from ispen_dist.command_line import load_config
+from ispen_dist.command_line import config_from_dict, load_config
 from ispen_dist.config import ConfigError, DataConfig
 from ispen_dist.config.inference import EMPTY_WEIGHTS, TEMPERATURES, THRESHOLDS
 from ispen_dist.data.datasets import (
@@ -165,11 +165,21 @@ UNREAD = {
 }  # fmt: skip
 
 
+NETWORKS = {
+    "tagging": ("bilstm", "linear_chain"),
+    "multilabel": ("mlp", "label_interaction"),
+    "segmentation": ("fcn", "convolutional"),
+}
+
+
 @pytest.mark.parametrize("case", UNREAD)
 def test_structures_are_not_looked_at_where_they_are_not_needed(case, write):
     codec, settings, content = UNREAD[case]
-    data = DataConfig(**({"task": "multilabel", "train": ["none"]} | settings))
-    config, path = replace(problems.tagging_config(), data=data), write(content)
+    data = {"task": "multilabel", "train": ["none"]} | settings
+    network, energy = NETWORKS[data["task"]]
+    own = {"name": network}
+    networks = {"inference_net": own, "energy": {"name": energy, "features": own}}
+    config, path = config_from_dict({"data": data, **networks}), write(content)
     assert len(load_file(config, codec, path, labelled=False)) in (1, 2)
     with pytest.raises(DataError):
         load_file(config, codec, path)
