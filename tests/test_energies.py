@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import problems
 import pytest
@@ -108,6 +109,20 @@ def test_an_energy_is_its_formula_at_every_sample(name, num_tokens):
     torch.testing.assert_close(scores, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(energy.score(b, y[0]), scores[0], rtol=1e-13, atol=1e-13)
     assert energy.float().score(b.float(), y.float()).dtype is torch.float32
+
+
+@torch.no_grad()
+def test_with_one_tag_before_the_last_a_high_order_energy_is_a_chain():
+    config = problems.tagging_config(energy="high_order").energy
+    energy = build_energy(replace(config, order=1), problems.tagging_codec()).double()
+    energy.V.normal_()
+    y = relaxed(2, NUM_TOKENS)
+    W = energy.L @ energy.V @ energy.L.T
+    expected = torch.stack([chain(W, one, 1) for one in y])
+    torch.testing.assert_close(energy.global_energy(y), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(energy.interaction(), W)
+    # Engines cannot shard what has no entries.
+    assert all(parameter.numel() for parameter in energy.parameters())
 
 
 @EVERY
