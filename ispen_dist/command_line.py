@@ -240,6 +240,25 @@ def check_setting(name: str) -> None:
         raise ConfigError(f"{name}: no such setting; the nearest is {_nearest(name, _HINTS)}")
 
 
+def setting_type(name: str) -> Any:
+    """Return the type of a setting, whose name `check_setting` takes."""
+    return _HINTS[name]
+
+
+def check_value(name: str, value: Any) -> None:
+    """Check that a setting can be read from a value of a file, by its type alone.
+
+    Raises:
+        ConfigError: with the name.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=_HINTS[name])
+    try:
+        parser.parse_object({"value": value})
+    except (argparse.ArgumentError, OverflowError):
+        raise _wrong_type(f"{name}: ", _words(_HINTS[name]), value) from None
+
+
 def read_yaml(path: Path) -> Any:
     """Read a YAML file whose keys are names, none of them twice.
 

@@ -34,6 +34,25 @@ ROOT = Path(__file__).parent.parent
             {"search": {"inner.steps": {"low": 0, "high": 1, "log": True}}},
             "low: expected a number above 0",
         ),
+        (
+            {"search": {"inner.steps": {"low": 1.0, "high": 5}}},
+            "search.inner.steps.low: expected a whole number, found 1.0",
+        ),
+        (
+            {"search": {"inner.steps": {"low": 1, "high": 2.5}}},
+            "search.inner.steps.high: expected a whole number, found 2.5",
+        ),
+        (
+            {"search": {"solver.name": {"low": 1, "high": 5}}},
+            "search.solver.name: expected a list of values, as it is no number, found {",
+        ),
+        ({"search": {"inner.steps": [1, 2.5]}}, "search: inner.steps: expected int, got 2.5"),
+        (
+            {"search": {"inner.energy_weight": ["abc"]}},
+            "search: inner.energy_weight: expected float, got 'abc'",
+        ),
+        ({"search": {"solver.name": ["cg", "gc"]}}, "solver.name: expected {cg,"),
+        ({"search": {"train.read_test": [0]}}, "search: train.read_test: expected bool, got 0"),
         ({"search_of": []}, "search_of: expected a mapping of methods, found []"),
         ({"search_of": {"crf": ["inner.steps"]}}, "search_of.crf: expected one of mle"),
         ({"search_of": {"mle": []}}, "search_of.mle: expected some of the settings of search, in"),

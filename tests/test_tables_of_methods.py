@@ -11,9 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import optuna
 import psutil
 import pytest
 import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 from scipy import stats
 from small_table import TABLE
@@ -109,6 +112,25 @@ def test_every_method_has_the_same_trials_and_tuning_leaves_test_alone(table, tm
     chosen = yaml.safe_load((tmp_path / "runs" / "nce_implicit" / "chosen.yaml").read_text())
     assert chosen.get("inner", {}).get("energy_weight", 1.0) == best
     assert settings["nce_implicit/seed-1"].get("inner.energy_weight", 1.0) == best
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_whole_number_is_searched_by_whole_numbers(table, tmp_path, log):
+    values = {"low": 2, "high": 2000, "log": log}
+    search = {"inner.steps": values, "inner.energy_weight": {"low": 1, "high": 3}}
+    changed = TABLE | {"search": search, "search_of": {}, "budget": 6}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(changed))
+    table, runs = read_table(tmp_path / "tiny.yaml", tmp_path), FakeRuns()
+    assert str(table.spaces["mle"]["inner.energy_weight"]) == "Range(low=1.0, high=3.0, log=False)"
+    go(table, tmp_path / "runs", runs, methods=["mle"])
+    tried = [run.settings for run in runs.asked if run.folder.parent.name == "tuning"][1:]
+    assert {type(settings["inner.steps"]) for settings in tried} == {int}
+    assert all(2 <= settings["inner.steps"] <= 2000 for settings in tried)
+    assert {type(settings["inner.energy_weight"]) for settings in tried} == {float}
+    # The file's own settings are a trial of this search, from which others are drawn.
+    journal = JournalFileBackend(str(tmp_path / "runs" / "mle" / "study.journal"))
+    first = optuna.load_study(study_name="mle", storage=JournalStorage(journal)).trials[0]
+    assert first.params == {"inner.steps": 10, "inner.energy_weight": 1.0}
 
 
 @pytest.mark.parametrize("dies_before", [0, 1, 4, 9, 14])

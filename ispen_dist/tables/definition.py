@@ -25,7 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ispen_dist.command_line import check_setting, read_settings, read_yaml
+from ispen_dist.command_line import (
+    check_setting,
+    check_value,
+    read_settings,
+    read_yaml,
+    setting_type,
+)
 from ispen_dist.config import ConfigError
 
 SIGNIFICANCE = ("paired_t", "wilcoxon")
@@ -40,7 +46,10 @@ class TableError(ValueError):
 
 @dataclass(frozen=True)
 class Range:
-    """A range of numbers to search, uniformly or in the logarithm."""
+    """A range of numbers to search, uniformly or in the logarithm.
+
+    Its bounds are whole numbers where the setting is one, and then its values are.
+    """
 
     low: float
     high: float
@@ -249,31 +258,37 @@ class _Reader:
     def _space(self, key: str, space: Any) -> Space:
         full = isinstance(space, Mapping) and bool(space)
         self.check(full, key, "a mapping of at least one setting", space)
-        for setting in space:
-            try:
+        try:
+            for setting in space:
                 check_setting(setting)
-            except ConfigError as error:
-                raise TableError(f"{self.path}: {key}: {error}") from None
-        return {name: self._values(f"{key}.{name}", values) for name, values in space.items()}
+            return {name: self._values(key, name, values) for name, values in space.items()}
+        except ConfigError as error:
+            raise TableError(f"{self.path}: {key}: {error}") from None
 
-    def _values(self, key: str, values: Any) -> Range | tuple[Any, ...]:
+    def _values(self, key: str, setting: str, values: Any) -> Range | tuple[Any, ...]:
+        key, kind = f"{key}.{setting}", setting_type(setting)
         if isinstance(values, list):
             plain = all(isinstance(v, bool | int | float | str) for v in values)
             self.check(plain and bool(values), key, "a list of plain values", values)
+            for value in values:
+                check_value(setting, value)
             return tuple(values)
         expected = "a list of values, or {low: .., high: .., log: true or false}"
         self.check(isinstance(values, Mapping), key, expected, values)
         self.check(
             {"low", "high"} <= values.keys() <= {"low", "high", "log"}, key, expected, values
         )
+        self.check(kind in (int, float), key, "a list of values, as it is no number", values)
         low, high, log = values["low"], values["high"], values.get("log", False)
         self.check(isinstance(log, bool), f"{key}.log", "true or false", log)
         for name, bound in (("low", low), ("high", high)):
             number = isinstance(bound, int | float) and not isinstance(bound, bool)
             self.check(number and math.isfinite(bound), f"{key}.{name}", "a number", bound)
+            whole = isinstance(bound, int) or kind is float
+            self.check(whole, f"{key}.{name}", "a whole number", bound)
         self.check(low < high, f"{key}.high", f"a number above low={low}", high)
         self.check(low > 0 or not log, f"{key}.low", "a number above 0 with log: true", low)
-        return Range(float(low), float(high), log)
+        return Range(kind(low), kind(high), log)
 
 
 def table_paths(folder: Path) -> Iterator[Path]:

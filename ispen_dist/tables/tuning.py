@@ -11,7 +11,12 @@ from typing import Any
 
 import optuna
 import yaml
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -160,18 +165,23 @@ class Tuning:
 
 
 def _distributions(space: Space) -> dict[str, BaseDistribution]:
-    return {
-        name: FloatDistribution(values.low, values.high, log=values.log)
-        if isinstance(values, Range)
-        else CategoricalDistribution(values)
-        for name, values in space.items()
-    }
+    return {name: _distribution(values) for name, values in space.items()}
+
+
+def _distribution(values: Range | tuple[Any, ...]) -> BaseDistribution:
+    if not isinstance(values, Range):
+        return CategoricalDistribution(values)
+    if isinstance(values.low, int):
+        return IntDistribution(values.low, int(values.high), log=values.log)
+    return FloatDistribution(values.low, values.high, log=values.log)
 
 
 def _suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
     """Return a trial's value of a setting: the one it has, otherwise a new one."""
     if isinstance(distribution, CategoricalDistribution):
         return trial.suggest_categorical(name, distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return trial.suggest_int(name, distribution.low, distribution.high, log=distribution.log)
     assert isinstance(distribution, FloatDistribution)
     return trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
 
@@ -179,7 +189,7 @@ def _suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> 
 def _holds(distribution: BaseDistribution, value: Any) -> bool:
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
-    assert isinstance(distribution, FloatDistribution)
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
     return isinstance(value, int | float) and distribution.low <= value <= distribution.high
 
 
