@@ -15,6 +15,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,10 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     console = Console(soft_wrap=True)
     tables, methods = arguments.tables, arguments.method_files
-    if arguments.list:
-        list_tables([read_table(path, methods) for path in table_paths(tables)], console)
-        return Exit.DONE
     try:
+        if not any(table_paths(tables)):
+            raise TableError(
+                f"--tables {tables}: expected a folder of tables, found no NAME.yaml there; name "
+                "another folder"
+            )
+        if arguments.list:
+            list_tables([read_table(path, methods) for path in table_paths(tables)], console)
+            return Exit.DONE
         return (show_table if arguments.show else make_table)(arguments, console)
     except (ConfigError, TableError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -109,6 +115,7 @@ def make_table(arguments: argparse.Namespace, console: Console) -> int:
         runs=find_runs(arguments),
         jobs=arguments.gpus or arguments.jobs,
     )
+    check_writable(arguments.output)
     # Runs that are alive save and end; the same command goes on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -123,6 +130,18 @@ def make_table(arguments: argparse.Namespace, console: Console) -> int:
     for failure in grid.failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if grid.failures else Exit.DONE
+
+
+def check_writable(folder: Path) -> None:
+    """Check that the table can be written; its folder is made if missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise TableError(
+            f"--output {folder}: expected a folder that can be written, found {error.strerror}; "
+            "choose another folder or make it writable"
+        ) from None
 
 
 def show_table(arguments: argparse.Namespace, console: Console) -> int:

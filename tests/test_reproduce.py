@@ -16,6 +16,53 @@ from small_table import TABLE
 from ispen_dist.tables.definition import read_table
 
 ROOT = Path(__file__).parent.parent
+TASK = {"data": {"task": "multilabel", "format": "npz", "train": ["no.npz"], "test": "no.npz"}}
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """A table whose data are not there, so that whatever ends well has run nothing."""
+    for method in TABLE["methods"]:
+        (tmp_path / f"{method}.yaml").write_text("train: {method: mle}\n")
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(TASK))
+    (tmp_path / "tables").mkdir()
+    table = TABLE | {"config": "../task.yaml"}
+    (tmp_path / "tables" / "tiny.yaml").write_text(yaml.safe_dump(table))
+    (tmp_path / "file").write_text("")
+    folders = {"tables": "tables", "method-files": "", "runs": "runs", "output": "out"}
+    return [part for flag, name in folders.items() for part in (f"--{flag}", tmp_path / name)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--list", "--tables", "no"], "--tables no: expected a folder of tables, found no NAME"),
+        (["--table", "tiny", "--tables", "no"], "--tables no: expected a folder of tables, found"),
+        (["--table", "tinny"], "--table: expected one of tiny, got 'tinny'"),
+        (["--table", "tiny", "--output", "file"], "--output file: expected a folder that can be"),
+        (["--table", "tiny", "--output", "file/out"], "--output file/out: expected a folder that"),
+        (["--table", "tiny", "--runs", "file"], "file/tiny: expected a folder that can be writte"),
+    ],
+)
+def test_folders_that_cannot_be_used_are_named_before_any_run(
+    flags, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    printed, error = called("reproduce.py", *flags, *arguments, expect=2)
+    assert error.startswith("error: --")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not printed
+    assert not (tmp_path / "runs").exists()
+    assert "--runs" not in arguments or error.startswith("error: --runs ")
+
+
+def test_a_malformed_table_among_those_listed_is_named(flags, tmp_path):
+    assert "tiny" in called("reproduce.py", *flags, "--list")[0]
+    broken = tmp_path / "tables" / "broken.yaml"
+    broken.write_text("methods: 3\n")
+    _, error = called("reproduce.py", *flags, "--list", expect=2)
+    assert error == f"error: {broken}: methods: expected a list of names, found 3\n"
 
 
 @pytest.mark.thorough

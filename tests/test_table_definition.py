@@ -55,6 +55,7 @@ ROOT = Path(__file__).parent.parent
         ({"search": {"train.read_test": [0]}}, "search: train.read_test: expected bool, got 0"),
         ({"search_of": []}, "search_of: expected a mapping of methods, found []"),
         ({"search_of": {"crf": ["inner.steps"]}}, "search_of.crf: expected one of mle"),
+        ({"search_of": {"mle": [["a"]]}}, "search_of.mle: expected some of the settings of searc"),
         ({"search_of": {"mle": []}}, "search_of.mle: expected some of the settings of search, in"),
         ({"search_of": {"mle": ["inner.stepz"]}}, "search, inner.energy_weight, inner.steps, foun"),
         ({"refit": "mle"}, "refit: expected some of mle, nce_explicit, nce_implicit, found 'mle'"),
@@ -94,6 +95,11 @@ def test_a_table_has_the_keys_of_its_base_where_it_has_none(write, tmp_path):
     with pytest.raises(TableError, match=r"fourth\.yaml: methods: expected every name once"):
         read_table(twice, tmp_path)
     # A mistake is named in the file that has it.
+    for methods in (3, "mle"):
+        write(yaml.safe_dump(shared | {"methods": methods}), "second.yaml")
+        write(yaml.safe_dump(more), "fourth.yaml")
+        with pytest.raises(TableError, match=r"second\.yaml: methods: expected a list of names"):
+            read_table(tmp_path / "fourth.yaml", tmp_path)
     write(yaml.safe_dump(shared | {"colour": 1}), "second.yaml")
     with pytest.raises(TableError, match=r"second\.yaml: colour: expected one of the keys"):
         read_table(tmp_path / "third.yaml", tmp_path)

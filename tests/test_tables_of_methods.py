@@ -353,18 +353,19 @@ def test_runs_of_other_settings_do_not_enter_under_the_present_ones(table, tmp_p
         (("dataset,", "data,"), "line 1: expected the columns dataset,method"),
         (("0.4,", "high,"), "line 2: expected numbers for seed"),
         ((",0.4,", ","), "line 2: expected numbers for seed"),
+        (("tiny,mle,1,", "t\u00efny,mle,1,"), ":3: expected text in UTF-8, got byte 0xef"),
     ],
 )
 def test_a_malformed_record_is_named_and_left_alone(table, tmp_path, change, message):
     grid = go(table, tmp_path / "runs", FakeRuns(), budget=0)
     path = grid.write(tmp_path / "out")[3]
     damaged = path.read_text().replace(*change)
-    path.write_text(damaged)
+    path.write_text(damaged, "latin-1")
     with pytest.raises(TableError) as error:
         grid.write(tmp_path / "out")
     assert str(error.value).startswith(str(path))
     assert message in str(error.value)
-    assert path.read_text() == damaged
+    assert path.read_text("latin-1") == damaged
 
 
 def test_a_local_run_has_its_gpu_its_flags_and_its_log(tmp_path):

@@ -23,10 +23,11 @@ class RunLock:
 
     Args:
         output: the run folder; made if missing.
+        flag: of the command that names it, for messages.
     """
 
-    def __init__(self, output: Path) -> None:
-        self._output = output
+    def __init__(self, output: Path, flag: str = "--output") -> None:
+        self._output, self._flag = output, flag
         self._descriptor: int | None = None
 
     def take(self) -> None:
@@ -40,7 +41,7 @@ class RunLock:
             descriptor = os.open(self._output / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ConfigError(
-                f"--output {self._output}: expected a folder that can be written, got "
+                f"{self._flag} {self._output}: expected a folder that can be written, got "
                 f"{error.strerror}; choose another folder or make it writable"
             ) from error
         try:
@@ -49,8 +50,8 @@ class RunLock:
             held = _read(descriptor)
             os.close(descriptor)
             raise ConfigError(
-                f"--output {self._output}: expected a folder that no other run writes to, found "
-                f"one held by {held}; wait for it to end, stop it, or choose another folder"
+                f"{self._flag} {self._output}: expected a folder that no other run writes to, "
+                f"found one held by {held}; wait for it to end, stop it, or choose another folder"
             ) from None
         except OSError as error:
             warnings.warn(

@@ -166,6 +166,8 @@ class _Reader:
             self.check(key in known, str(key), f"one of the keys {', '.join(known)}", key)
         search_of = values.get("search_of", {})
         self.check(isinstance(search_of, Mapping), "search_of", "a mapping of methods", search_of)
+        if "methods" in values:
+            self._names("methods", values["methods"])
 
     def joined(self, values: Mapping[str, Any], above: tuple[Path, ...] = ()) -> Mapping[str, Any]:
         """Return the keys of the file over those of its base.
@@ -250,8 +252,8 @@ class _Reader:
         spaces: dict[str, Space] = {}
         for method in methods:
             names = search_of.get(method, list(ranges))
-            some = isinstance(names, list) and bool(names) and set(names) <= set(ranges)
-            self.check(some, f"search_of.{method}", known, names)
+            some = isinstance(names, list) and all(name in list(ranges) for name in names)
+            self.check(some and bool(names), f"search_of.{method}", known, names)
             spaces[method] = {name: ranges[name] for name in names}
         return spaces
 

@@ -82,9 +82,9 @@ class Grid:
         """Do what is not done; a run that fails ends its method's tuning, and nothing else.
 
         Raises:
-            ConfigError: where another command works in the folder.
+            ConfigError: where another command works in the folder, or it cannot be written.
         """
-        lock = RunLock(self.folder)
+        lock = RunLock(self.folder, "--runs")
         lock.take()
         try:
             with ThreadPoolExecutor(self.jobs) as pool, self._stopping(pool):

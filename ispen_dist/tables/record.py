@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ispen_dist.config.inference import CHOICES
+from ispen_dist.data.errors import DataError, read_text
 from ispen_dist.tables.definition import TableDefinition, TableError
 
 COLUMNS = (
@@ -117,23 +118,26 @@ def read_record(path: Path) -> dict[str, Sequence[FinalRun]]:
     """
     if not path.exists():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+    try:
+        file = io.StringIO(read_text(path), newline="")
+    except DataError as error:
+        raise TableError(str(error)) from None
+    reader = csv.DictReader(file)
+    if tuple(reader.fieldnames or ()) != COLUMNS:
+        raise TableError(
+            f"{path}, line 1: expected the columns {','.join(COLUMNS)}, found "
+            f"{','.join(reader.fieldnames or ())!r}; move the file away, or repair it"
+        )
+    found: dict[tuple[str, int], FinalRun] = {}
+    for row in reader:
+        try:
+            _add(found, row)
+        except (TypeError, ValueError) as error:
             raise TableError(
-                f"{path}, line 1: expected the columns {','.join(COLUMNS)}, found "
-                f"{','.join(reader.fieldnames or ())!r}; move the file away, or repair it"
-            )
-        found: dict[tuple[str, int], FinalRun] = {}
-        for row in reader:
-            try:
-                _add(found, row)
-            except (TypeError, ValueError) as error:
-                raise TableError(
-                    f"{path}, line {reader.line_num}: expected numbers for seed, test, dev, "
-                    f"seconds_per_epoch and budget, found {list(row.values())!r:.120} ({error}); "
-                    "move the file away, or repair it"
-                ) from None
+                f"{path}, line {reader.line_num}: expected numbers for seed, test, dev, "
+                f"seconds_per_epoch and budget, found {list(row.values())!r:.120} ({error}); "
+                "move the file away, or repair it"
+            ) from None
     methods = dict.fromkeys(method for method, _ in found)
     return {
         name: [run for (method, _), run in sorted(found.items()) if method == name]
