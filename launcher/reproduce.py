@@ -26,6 +26,7 @@ from rich.table import Table
 
 from ispen_dist.command_line import load_config
 from ispen_dist.config import ConfigError
+from ispen_dist.data.errors import DataError
 from ispen_dist.exits import Exit
 from ispen_dist.tables.definition import TableDefinition, TableError, read_table, table_paths
 from ispen_dist.tables.grid import Grid
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             list_tables([read_table(path, methods) for path in table_paths(tables)], console)
             return Exit.DONE
         return (show_table if arguments.show else make_table)(arguments, console)
-    except (ConfigError, TableError) as error:
+    except (ConfigError, DataError, TableError) as error:
         print(f"error: {error}", file=sys.stderr)
         return Exit.CONFIGURATION
 
@@ -115,6 +116,7 @@ def make_table(arguments: argparse.Namespace, console: Console) -> int:
         runs=find_runs(arguments),
         jobs=arguments.gpus or arguments.jobs,
     )
+    grid.check_test()
     check_writable(arguments.output)
     # Runs that are alive save and end; the same command goes on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -16,7 +16,7 @@ from small_table import TABLE
 from ispen_dist.tables.definition import read_table
 
 ROOT = Path(__file__).parent.parent
-TASK = {"data": {"task": "multilabel", "format": "npz", "train": ["no.npz"], "test": "no.npz"}}
+TASK = {"data": {"task": "tagging", "format": "npz", "train": ["no.npz"], "test": "no.npz"}}
 
 
 @pytest.fixture
@@ -55,6 +55,40 @@ def test_folders_that_cannot_be_used_are_named_before_any_run(
     assert not printed
     assert not (tmp_path / "runs").exists()
     assert "--runs" not in arguments or error.startswith("error: --runs ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"test": ""}}, "expected a test set for the final runs, found none; set data.te"),
+        ({"train": {"read_test": False}}, "train.read_test: expected true, found false; leave it"),
+        ({"data": {"test": "", "split_file": "no.json"}}, "no.json: expected a file, got nothing"),
+        ({"data": {"test": "", "split_file": "two.json"}}, "expected a test set for the final ru"),
+        ({"data": {"test": "", "split_file": "three.json"}}, "--output file: expected a folder"),
+        ({"data": {"split_file": "two.json"}}, "--output file: expected a folder"),
+        (
+            {"data": {"test": "", "train_folds": [0], "test_folds": [1]}},
+            "--output file: expected a folder",
+        ),
+    ],
+)
+def test_a_table_without_a_test_set_is_refused_before_any_run(
+    flags, tmp_path, monkeypatch, change, message
+):
+    """Those that have one come to the next check, which refuses the folder."""
+    monkeypatch.chdir(tmp_path)
+    rows = {"train": [0], "dev": [1]}
+    (tmp_path / "two.json").write_text(json.dumps(rows))
+    (tmp_path / "three.json").write_text(json.dumps(rows | {"test": [2]}))
+    task = {**change, "data": {**TASK["data"], "root": str(tmp_path), **change.get("data", {})}}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    _, error = called("reproduce.py", *flags, "--table", "tiny", "--output", "file", expect=2)
+    assert message in error
+    if "a test set" in message:
+        files = f"{tmp_path / 'task.yaml'}, {tmp_path / 'mle.yaml'}"
+        assert error.startswith(f"error: config {files}: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_malformed_table_among_those_listed_is_named(flags, tmp_path):

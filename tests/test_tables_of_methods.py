@@ -36,8 +36,9 @@ TRIALS = ["trial-000", "trial-001", "trial-002"]
 class FakeRuns:
     """Trains nothing: writes what a run leaves, and remembers what it was asked for."""
 
-    def __init__(self, dies_before=None, fails=None):
+    def __init__(self, dies_before=None, fails=None, has_test=None):
         self.asked: list[Run] = []
+        self.has_test = has_test or (lambda run: True)
         self.dies_before, self.fails = dies_before, fails or (lambda run: None)
 
     def __call__(self, run):
@@ -52,7 +53,7 @@ class FakeRuns:
         choices = {"threshold": 0.3, "temperature": 0.8, "empty_weight": 0.0}
         dev = {"f1": 0.5 - abs(weight - 2.0) / 100, **choices}
         dev = {} if run.settings.get("data.train_on_dev") else dev
-        read = run.settings.get("train.read_test", True)
+        read = run.settings.get("train.read_test", True) and self.has_test(run)
         test = {"f1": 0.4 + run.settings["train.seed"] / 100, "threshold": 0.3} if read else {}
         run.folder.mkdir(parents=True)
         config = {
@@ -304,6 +305,21 @@ def test_a_refit_follows_each_seed_with_what_was_chosen_on_dev(table, tmp_path):
     go(without, tmp_path / "runs", FakeRuns()).write(tmp_path / "out")
     assert "nce_implicit_refit" not in paths[0].read_text()
     assert "nce_implicit_refit" in read_record(paths[3])
+
+
+@pytest.mark.parametrize("without", ["seed-1", "refit-1"])
+def test_a_final_run_without_figures_on_test_is_a_failure_that_is_named(table, tmp_path, without):
+    table = replace(table, refit=("mle",))
+    runs = FakeRuns(has_test=lambda run: run.folder.name != without)
+    grid = go(table, tmp_path / "runs", runs, methods=["mle"], budget=0)
+    (failure,) = grid.failures
+    folder = tmp_path / "runs" / "mle" / without
+    assert failure.startswith(f"{folder}: expected figures on test, found none")
+    complete = ["mle"] if without == "refit-1" else []
+    assert list(grid.complete()) == complete
+    paths = grid.write(tmp_path / "out")
+    left_out = [row for row in ("mle", "mle_refit") if row not in complete]
+    assert f"left out: {', '.join(left_out)}." in paths[1].read_text()
 
 
 def test_progress_names_the_best_of_the_runs_that_have_a_dev_metric():

@@ -33,7 +33,7 @@ from ispen_dist.data.errors import DataError
 from ispen_dist.data.images import ImageTable, read_images
 from ispen_dist.data.npz import read_npz
 from ispen_dist.data.segmentation import SegmentationCodec, SegmentationDataset
-from ispen_dist.data.splits import read_split_file, seeded_split
+from ispen_dist.data.splits import read_split_file, seeded_split, split_names
 from ispen_dist.data.subwords import read_subwords
 from ispen_dist.data.svmlight import read_svmlight
 from ispen_dist.data.tables import MultiLabelTable, Sentence
@@ -95,6 +95,18 @@ def load_splits(config: Config) -> Splits:
         "segmentation": _segmentation_splits,
     }
     return splits[config.data.task](config)
+
+
+def has_test(config: DataConfig) -> bool:
+    """Whether `load_splits` gives a test set; no more of the data is read than the split file.
+
+    Raises:
+        DataError: for a malformed split file.
+    """
+    if config.test or config.test_folds:
+        return True
+    split_file = config.split_file
+    return bool(split_file) and "test" in split_names(data_path(config, split_file))
 
 
 def load_named(config: Config, codec: Codec, name: str) -> Dataset:

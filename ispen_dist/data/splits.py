@@ -26,14 +26,28 @@ def read_split_file(path: str | Path, num_rows: int) -> dict[str, np.ndarray]:
         DataError: for other JSON, missing or unknown names, and for rows that are no whole
             numbers, out of range, or named twice.
     """
-    content = _parsed(path)
-    _check_names(path, content)
+    content = _content(path)
     owner = np.full(num_rows, -1, dtype=np.int64)
     rows = {}
     for place, (name, values) in enumerate(content.items()):
         rows[name] = _checked(path, name, values, num_rows)
         _claim(path, rows[name], place, owner, list(content))
     return rows
+
+
+def split_names(path: str | Path) -> list[str]:
+    """Return the parts that a split file has; their rows are not looked at.
+
+    Raises:
+        DataError: for other JSON, missing or unknown names.
+    """
+    return list(_content(path))
+
+
+def _content(path: str | Path) -> dict[str, Any]:
+    content = _parsed(path)
+    _check_names(path, content)
+    return content
 
 
 def _parsed(path: str | Path) -> Any:

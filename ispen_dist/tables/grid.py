@@ -18,7 +18,9 @@ from typing import Any
 
 import yaml
 
+from ispen_dist.command_line import load_config
 from ispen_dist.config.inference import CHOICES
+from ispen_dist.data.loading import has_test
 from ispen_dist.data.output_file import replacing
 from ispen_dist.recording.run_lock import RunLock
 from ispen_dist.tables.definition import TableDefinition, TableError
@@ -77,6 +79,28 @@ class Grid:
     @property
     def _rows(self) -> list[str]:
         return [row for method in self.methods for row in self.table.rows_of(method)]
+
+    def check_test(self) -> None:
+        """Check that the final runs of every method read a test set.
+
+        Raises:
+            TableError: for the first that does not.
+            ConfigError: for settings that cannot work.
+            DataError: for a malformed split file.
+        """
+        for method in self.methods:
+            files = (*self.table.configs, self.table.method_files[method])
+            config, names = load_config(*files), ", ".join(map(str, files))
+            if not config.train.read_test:
+                raise TableError(
+                    f"config {names}: train.read_test: expected true, found false; leave it out, "
+                    "as tuning leaves test alone anyway"
+                )
+            if not has_test(config.data):
+                raise TableError(
+                    f"config {names}: expected a test set for the final runs, found none; set "
+                    "data.test, data.test_folds, or data.split_file with a part test"
+                )
 
     def run(self, progress: TableProgress) -> None:
         """Do what is not done; a run that fails ends its method's tuning, and nothing else.
@@ -139,7 +163,13 @@ class Grid:
     ) -> list[Job]:
         """Take a final run and return the job of its refit, where it has one."""
         run = Run(files, settings, self._final(row, settings["train.seed"]))
-        dev = self._run(run, progress)["dev"]
+        summary = self._run(run, progress)
+        if not summary["test"]:
+            raise TableError(
+                f"{run.folder}: expected figures on test, found none in summary.json; set "
+                "data.test and train.read_test=true, and choose another folder with --runs"
+            )
+        dev = summary["dev"]
         own = {**settings, "data.train_on_dev": True}
         own |= {f"inference.{name}": dev[name] for name in CHOICES if name in dev}
         return [partial(self._train, refit, files, own) for refit in self.table.rows_of(row)[1:]]
@@ -185,7 +215,7 @@ class Grid:
     def _read(self, row: str, seed: int) -> FinalRun | None:
         folder = self._final(row, seed)
         summary = Run((), {}, folder).summary()
-        if summary is None:
+        if summary is None or not summary["test"]:
             return None
         config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
         settings = self.table.settings_sum(row, self.budget)
