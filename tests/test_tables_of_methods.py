@@ -370,6 +370,7 @@ def test_runs_of_other_settings_do_not_enter_under_the_present_ones(table, tmp_p
         (("0.4,", "high,"), "line 2: expected numbers for seed"),
         ((",0.4,", ","), "line 2: expected numbers for seed"),
         (("tiny,mle,1,", "t\u00efny,mle,1,"), ":3: expected text in UTF-8, got byte 0xef"),
+        (("tiny,mle,1,", 'tiny,"mle"x,1,'), ", line 3: expected CSV, found an error"),
     ],
 )
 def test_a_malformed_record_is_named_and_left_alone(table, tmp_path, change, message):

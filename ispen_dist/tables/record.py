@@ -122,19 +122,26 @@ def read_record(path: Path) -> dict[str, Sequence[FinalRun]]:
         file = io.StringIO(read_text(path), newline="")
     except DataError as error:
         raise TableError(str(error)) from None
-    reader = csv.DictReader(file)
-    if tuple(reader.fieldnames or ()) != COLUMNS:
+    reader = csv.DictReader(file, strict=True)
+    try:
+        columns, rows = tuple(reader.fieldnames or ()), list(reader)
+    except csv.Error as error:
+        raise TableError(
+            f"{path}, line {reader.line_num + 1}: expected CSV, found an error ({error}); move the "
+            "file away, or repair it"
+        ) from None
+    if columns != COLUMNS:
         raise TableError(
             f"{path}, line 1: expected the columns {','.join(COLUMNS)}, found "
-            f"{','.join(reader.fieldnames or ())!r}; move the file away, or repair it"
+            f"{','.join(columns)!r}; move the file away, or repair it"
         )
     found: dict[tuple[str, int], FinalRun] = {}
-    for row in reader:
+    for line, row in enumerate(rows, start=2):
         try:
             _add(found, row)
         except (TypeError, ValueError) as error:
             raise TableError(
-                f"{path}, line {reader.line_num}: expected numbers for seed, test, dev, "
+                f"{path}, line {line}: expected numbers for seed, test, dev, "
                 f"seconds_per_epoch and budget, found {list(row.values())!r:.120} ({error}); "
                 "move the file away, or repair it"
             ) from None
